@@ -1,0 +1,123 @@
+"""Frozen, hashable configuration: everything static that a compiled program depends on.
+
+Letters, as everywhere: `B` slots, `T` tokens a step, `P` pages, `M` pages a slot, `S` tokens a
+page, `L` layers, `H` query heads, `K` KV heads, `G = H / K`, `D` head dim, `E` model dim,
+`F` MLP dim, `V` vocabulary, `R` requests held, `N = M * S` tokens a request can have.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jax.typing import DTypeLike
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message shows the value and the remedy."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises `ConfigError(message)` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's frequency scaling of rotary embeddings (`rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of the Llama family: RMSNorm, RoPE, grouped-query attention, SwiGLU."""
+
+    name: str
+    num_layers: int
+    embed_dim: int
+    mlp_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position: int
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        for field in ("num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads",
+                      "head_dim", "vocab_size", "max_position"):  # fmt: skip
+            value = getattr(self, field)
+            require(value > 0, f"{self.name}: {field}={value} must be positive")
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"{self.name}: num_heads={self.num_heads} must be a multiple of "
+            f"num_kv_heads={self.num_kv_heads}",
+        )
+        require(self.head_dim % 2 == 0, f"{self.name}: head_dim={self.head_dim} must be even")
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share a KV head, `G`."""
+        return self.num_heads // self.num_kv_heads
+
+    def kv_bytes_per_token(self, dtype: DTypeLike) -> int:
+        """Bytes of keys and values, over all layers, that one token occupies."""
+        values = 2 * self.num_layers * self.num_kv_heads * self.head_dim
+        return values * np.dtype(dtype).itemsize
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Capacities of a serving state. All contents are data; only these compile.
+
+    `token_buckets` are the step sizes that get a compiled branch, ascending; the last is the
+    step's token budget. `log_steps` is how many step records the device holds before the host
+    must read them.
+    """
+
+    num_slots: int
+    num_pages: int
+    page_size: int
+    pages_per_slot: int
+    num_requests: int
+    token_buckets: tuple[int, ...]
+    log_steps: int = 64
+    record_page_map: bool = False
+    batch_invariant: bool = False
+
+    def __post_init__(self):
+        for field in ("num_slots", "num_pages", "page_size", "pages_per_slot", "num_requests",
+                      "log_steps"):  # fmt: skip
+            value = getattr(self, field)
+            require(value > 0, f"{field}={value} must be positive")
+        buckets = self.token_buckets
+        require(
+            len(buckets) > 0 and list(buckets) == sorted(set(buckets)) and buckets[0] > 0,
+            f"token_buckets={buckets} must be positive, ascending and distinct",
+        )
+        require(
+            buckets[-1] >= self.num_slots,
+            f"token_buckets={buckets}: the last must be at least num_slots={self.num_slots}, "
+            "so that every running sequence can decode in one step",
+        )
+        require(
+            not self.batch_invariant or len(buckets) == 1,
+            f"batch_invariant needs one token bucket, got token_buckets={buckets}",
+        )
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens that one sequence can have, `N = M * S`."""
+        return self.pages_per_slot * self.page_size
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens that one step can compute."""
+        return self.token_buckets[-1]
