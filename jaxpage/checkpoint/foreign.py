@@ -1,0 +1,228 @@
+"""Foreign tensor names: where each lands in our parameters, and the copying of them.
+
+The tables are the whole knowledge of the two formats. A weight's leading destination axes are
+merged into the rows of the foreign matrix, so foreign shapes follow from ours.
+"""
+
+import fnmatch
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from jaxpage.checkpoint.errors import CheckpointError
+from jaxpage.config import ModelConfig
+from jaxpage.model.params import ParamSpec, Params, is_spec, param_specs
+
+
+class TensorSource(Protocol):
+    """A foreign checkpoint: the shapes of its tensors, and the values of one at a time."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def read(self, name: str) -> np.ndarray:
+        """The values of one tensor, in its own shape and a floating dtype."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Where one foreign tensor lands.
+
+    `path` names the leaf, `part` the slice of a fused leaf (after the layer axis), `rows` the
+    number of destination axes in the foreign tensor's first axis. `permuted` marks rows stored
+    for interleaved rotary embeddings, as GGUF does for a Llama's queries and keys.
+    """
+
+    name: str
+    path: tuple[str, ...]
+    part: str = ""
+    rows: int = 1
+    permuted: bool = False
+
+
+@dataclass(frozen=True)
+class NameTable:
+    """The rules of a format, the name of the output head, and names that carry no weights."""
+
+    rules: tuple[Rule, ...]
+    head: str
+    ignored: tuple[str, ...] = ()  # patterns
+
+
+HF_NAMES = NameTable(
+    rules=(
+        Rule("model.embed_tokens.weight", ("embed",)),
+        Rule("model.layers.{}.input_layernorm.weight", ("layers", "attn_norm")),
+        Rule("model.layers.{}.self_attn.q_proj.weight", ("layers", "qkv"), "query", rows=3),
+        Rule("model.layers.{}.self_attn.k_proj.weight", ("layers", "qkv"), "key", rows=2),
+        Rule("model.layers.{}.self_attn.v_proj.weight", ("layers", "qkv"), "value", rows=2),
+        Rule("model.layers.{}.self_attn.o_proj.weight", ("layers", "out")),
+        Rule("model.layers.{}.post_attention_layernorm.weight", ("layers", "mlp_norm")),
+        Rule("model.layers.{}.mlp.gate_proj.weight", ("layers", "gate_up"), "gate"),
+        Rule("model.layers.{}.mlp.up_proj.weight", ("layers", "gate_up"), "up"),
+        Rule("model.layers.{}.mlp.down_proj.weight", ("layers", "down")),
+        Rule("model.norm.weight", ("final_norm",)),
+        Rule("lm_head.weight", ("head",)),
+    ),
+    head="lm_head.weight",
+    ignored=("model.layers.*.self_attn.rotary_emb.inv_freq",),
+)
+
+GGUF_NAMES = NameTable(
+    rules=(
+        Rule("token_embd.weight", ("embed",)),
+        Rule("blk.{}.attn_norm.weight", ("layers", "attn_norm")),
+        Rule("blk.{}.attn_q.weight", ("layers", "qkv"), "query", rows=3, permuted=True),
+        Rule("blk.{}.attn_k.weight", ("layers", "qkv"), "key", rows=2, permuted=True),
+        Rule("blk.{}.attn_v.weight", ("layers", "qkv"), "value", rows=2),
+        Rule("blk.{}.attn_output.weight", ("layers", "out")),
+        Rule("blk.{}.ffn_norm.weight", ("layers", "mlp_norm")),
+        Rule("blk.{}.ffn_gate.weight", ("layers", "gate_up"), "gate"),
+        Rule("blk.{}.ffn_up.weight", ("layers", "gate_up"), "up"),
+        Rule("blk.{}.ffn_down.weight", ("layers", "down")),
+        Rule("output_norm.weight", ("final_norm",)),
+        Rule("output.weight", ("head",)),
+    ),
+    head="output.weight",
+    ignored=("rope_freqs.weight",),  # read with the configuration, which it must agree with
+)
+
+_PARTS = {
+    "query": lambda leaf: leaf[:, :-2],
+    "key": lambda leaf: leaf[:, -2],
+    "value": lambda leaf: leaf[:, -1],
+    "gate": lambda leaf: leaf[0],
+    "up": lambda leaf: leaf[1],
+    "": lambda leaf: leaf,
+}
+
+
+@dataclass(frozen=True)
+class _Landing:
+    """One foreign tensor's place: its rule and the view of our leaf that it fills."""
+
+    rule: Rule
+    view: np.ndarray
+
+    @property
+    def foreign_shape(self) -> tuple[int, ...]:
+        rows, rest = self.view.shape[: self.rule.rows], self.view.shape[self.rule.rows :]
+        return (math.prod(rows), *((math.prod(rest),) if rest else ()))
+
+    def fill(self, values: np.ndarray) -> None:
+        if self.rule.permuted:  # rows of a head go pair by pair; ours are halves
+            dim = self.view.shape[self.rule.rows - 1]
+            values = values.reshape(-1, dim // 2, 2, values.shape[-1]).swapaxes(1, 2)
+        self.view[...] = values.reshape(self.view.shape)
+
+
+def convert(
+    config: ModelConfig, table: NameTable, source: TensorSource, dtype: np.dtype
+) -> Params:
+    """Copies a foreign checkpoint into our parameters, one tensor at a time.
+
+    Args:
+      config: the model that the checkpoint must hold.
+      table: the names of the checkpoint's format.
+      source: its tensors.
+      dtype: float32 or bfloat16; values are rounded to it from the source's.
+
+    Returns:
+      Parameters shaped as `param_specs(config)`, in host memory.
+
+    Raises:
+      CheckpointError: naming every unknown, missing or misshapen tensor, before any is read.
+    """
+    params = jax.tree.map(
+        lambda spec: np.empty(spec.shape, dtype), param_specs(config), is_leaf=is_spec
+    )
+    landings = _landings(config, table, params)
+    tied_head = config.tie_embeddings and table.head in source.shapes
+    skipped = {table.head} if tied_head else set()
+    _check_names(landings, source.shapes, skipped, table.ignored)
+    num_filled = 0
+    for name, landing in landings.items():
+        landing.fill(_read_floating(source, name))
+        num_filled += landing.view.size
+    num_expected = sum(leaf.size for leaf in jax.tree.leaves(params))
+    if num_filled != num_expected:
+        raise CheckpointError(f"the names fill {num_filled} of {num_expected} numbers")
+    if tied_head:
+        _check_tied_head(params["embed"], table.head, _read_floating(source, table.head))
+    return params
+
+
+def _landings(config: ModelConfig, table: NameTable, params: Params) -> dict[str, _Landing]:
+    landings = {}
+    for rule in table.rules:
+        leaf = params
+        for key in rule.path:
+            leaf = leaf.get(key) if isinstance(leaf, dict) else None
+        if leaf is None:  # a head, where embeddings are tied
+            continue
+        assert isinstance(leaf, np.ndarray)
+        if "{}" not in rule.name:
+            landings[rule.name] = _Landing(rule, leaf)
+            continue
+        for layer in range(config.num_layers):
+            view = _PARTS[rule.part](leaf[layer])
+            landings[rule.name.format(layer)] = _Landing(rule, view)
+    return landings
+
+
+def _check_names(
+    landings: Mapping[str, _Landing],
+    shapes: Mapping[str, tuple[int, ...]],
+    skipped: set[str],
+    ignored: tuple[str, ...],
+) -> None:
+    problems = [
+        f"missing {name} {landing.foreign_shape}"
+        for name, landing in landings.items()
+        if name not in shapes
+    ]
+    for name, shape in shapes.items():
+        if name in landings:
+            expected = landings[name].foreign_shape
+            if tuple(shape) != expected:
+                problems.append(f"misshapen {name}: found {tuple(shape)}, expected {expected}")
+        elif name not in skipped and not any(fnmatch.fnmatchcase(name, p) for p in ignored):
+            problems.append(f"unknown {name} {tuple(shape)}")
+    if problems:
+        shown = "; ".join(problems[:12]) + ("; ..." if len(problems) > 12 else "")
+        raise CheckpointError(
+            f"{len(problems)} tensors do not fit the configuration: {shown}. Check that the "
+            "configuration belongs to this checkpoint and that no shard is missing"
+        )
+
+
+def _read_floating(source: TensorSource, name: str) -> np.ndarray:
+    values = source.read(name)
+    if values.dtype.name not in ("float64", "float32", "float16", "bfloat16"):
+        raise CheckpointError(
+            f"tensor {name} has dtype {values.dtype}; use a checkpoint in float32, float16 or "
+            "bfloat16, or a GGUF"
+        )
+    return values
+
+
+def _check_tied_head(embed: np.ndarray, name: str, values: np.ndarray) -> None:
+    if values.shape != embed.shape or not np.array_equal(values.astype(embed.dtype), embed):
+        raise CheckpointError(
+            f"{name} {values.shape} differs from the embedding {embed.shape} although the "
+            "configuration ties them; set tie_word_embeddings to false"
+        )
+
+
+def abstract_params(config: ModelConfig, dtype: np.dtype, shardings: Params) -> Params:
+    """`ShapeDtypeStruct`s of the parameters, each with its sharding."""
+
+    def abstract(spec: ParamSpec, sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(spec.shape, dtype, sharding=sharding)
+
+    return jax.tree.map(abstract, param_specs(config), shardings, is_leaf=is_spec)

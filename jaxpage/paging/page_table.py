@@ -1,0 +1,215 @@
+"""The page table: which pages of the pool hold which sequence's tokens, as JAX arrays.
+
+Every verb is `verb(table, ...) -> table` or `-> (table, value)`, pure and of static shape. A page
+is taken when a token needs it and not before (Kwon et al. 2023, section 4.3). Failure is a value
+of `paging.status`, and all-or-nothing: a row whose pages cannot all be had is unchanged.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from jaxpage.paging import ragged, status
+
+
+@struct.dataclass
+class PageTable:
+    """Pages by sequence, reference counts by page, and the stack of free pages.
+
+    Row `b` keeps token `i < lengths[b]` in slot `i % S` of page `page_indices[b, i // S]`; entries
+    past its last page are `NULL_PAGE = P`, an index that scatters drop. A page is free
+    exactly when its reference count is zero, and then it stands once in
+    `free_pages[:num_free]`, the top of the stack last.
+    """
+
+    page_indices: jax.Array  # i32[B, M]
+    lengths: jax.Array  # i32[B], tokens
+    ref_counts: jax.Array  # i32[P]
+    free_pages: jax.Array  # i32[P]
+    num_free: jax.Array  # i32[]
+    page_size: int = struct.field(pytree_node=False)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in the pool, `P`; also the index that means "no page"."""
+        return self.ref_counts.shape[0]
+
+    @property
+    def held_pages(self) -> jax.Array:
+        """Pages of each row, `i32[B]`."""
+        return num_pages_for(self.lengths, self.page_size)
+
+    @property
+    def reserved_tokens(self) -> jax.Array:
+        """Tokens that each row's memory could hold, `i32[B]`."""
+        return self.held_pages * self.page_size
+
+
+def num_pages_for(num_tokens: jax.Array, page_size: int) -> jax.Array:
+    """Pages that hold `num_tokens` tokens: the quotient, rounded up."""
+    return (num_tokens + page_size - 1) // page_size
+
+
+def create(num_slots: int, pages_per_slot: int, num_pages: int, page_size: int) -> PageTable:
+    """A table of empty rows, every page free; page 0 is on top of the stack."""
+    return PageTable(
+        page_indices=jnp.full((num_slots, pages_per_slot), num_pages, jnp.int32),
+        lengths=jnp.zeros((num_slots,), jnp.int32),
+        ref_counts=jnp.zeros((num_pages,), jnp.int32),
+        free_pages=jnp.arange(num_pages - 1, -1, -1, dtype=jnp.int32),
+        num_free=jnp.asarray(num_pages, jnp.int32),
+        page_size=page_size,
+    )
+
+
+def append(
+    table: PageTable, counts: jax.Array, max_new_pages: int | None = None
+) -> tuple[PageTable, jax.Array]:
+    """Makes room for `counts: i32[B]` more tokens in each row, and counts them as written.
+
+    Pages go to rows in index order without overtaking: once a row finds too few, no later row
+    that needs a page gets one. `max_new_pages` bounds the pages of one call (by default `P`), a
+    static number that the work follows. Returns the table and a status a row, `i32[B]`.
+    """
+    pages_per_slot = table.page_indices.shape[1]
+    capacity = table.num_pages if max_new_pages is None else max_new_pages
+    lengths = table.lengths + counts
+    held = table.held_pages
+    needed = num_pages_for(lengths, table.page_size) - held
+
+    too_long = lengths > pages_per_slot * table.page_size
+    shared = (counts > 0) & _last_page_is_shared(table)
+    refused = too_long | shared
+    demand = jnp.where(refused, 0, needed)
+    available = jnp.minimum(table.num_free, capacity)
+    starved = (demand > 0) & (jnp.cumsum(demand) > available)
+
+    granted = jnp.where(starved, 0, demand)
+    new = ragged.expand(granted, capacity)
+    rank = jnp.arange(capacity, dtype=jnp.int32)
+    page = table.free_pages.at[table.num_free - 1 - rank].get(mode="fill", fill_value=0)
+    page = jnp.where(new.live, page, table.num_pages)
+    column = held.at[new.row].get(mode="fill", fill_value=0) + new.offset
+
+    row_status = jnp.where(
+        too_long,
+        status.SLOT_FULL,
+        jnp.where(shared, status.SHARED_PAGE, jnp.where(starved, status.OUT_OF_PAGES, status.OK)),
+    )
+    table = table.replace(
+        page_indices=table.page_indices.at[new.row, column].set(page, mode="drop"),
+        lengths=jnp.where(row_status == status.OK, lengths, table.lengths),
+        ref_counts=table.ref_counts.at[page].set(1, mode="drop"),
+        num_free=table.num_free - jnp.sum(granted),
+    )
+    return table, row_status
+
+
+def share(
+    table: PageTable, source: jax.Array, target: jax.Array, num_tokens: jax.Array
+) -> PageTable:
+    """Lets the empty row `target` hold the first `num_tokens` tokens of row `source`.
+
+    Nothing is copied: their pages gain a reference each. A last page that is only part full may
+    be shared as well; it must be copied before either row writes to it (`append` refuses).
+    """
+    columns = jnp.arange(table.page_indices.shape[1], dtype=jnp.int32)
+    count = num_pages_for(num_tokens, table.page_size)
+    pages = jnp.where(columns < count, table.page_indices[source], table.num_pages)
+    return table.replace(
+        page_indices=table.page_indices.at[target].set(pages),
+        lengths=table.lengths.at[target].set(num_tokens),
+        ref_counts=table.ref_counts.at[pages].add(1, mode="drop"),
+    )
+
+
+def fork(table: PageTable, source: jax.Array, target: jax.Array) -> PageTable:
+    """Makes the empty row `target` a second owner of all that row `source` holds."""
+    return share(table, source, target, table.lengths[source])
+
+
+def release(table: PageTable, rows: jax.Array) -> PageTable:
+    """Empties `rows: bool[B]`: each of their pages loses a reference, and unowned ones are free.
+
+    The loop takes one row a turn, since few end in one step and two of them may share pages;
+    within a row pages are distinct. Its cost follows the rows released, not the table.
+    """
+    columns = jnp.arange(table.page_indices.shape[1], dtype=jnp.int32)
+
+    def release_row(carry):
+        table, rows = carry
+        row = jnp.argmax(rows)
+        pages = table.page_indices[row]
+        ref_counts = table.ref_counts.at[pages].add(-1, mode="drop")
+        unowned = ref_counts.at[pages].get(mode="fill", fill_value=1) == 0
+        place = table.num_free + jnp.cumsum(unowned.astype(jnp.int32)) - 1
+        place = jnp.where(unowned, place, table.num_pages)
+        table = table.replace(
+            page_indices=table.page_indices.at[row].set(jnp.full_like(columns, table.num_pages)),
+            lengths=table.lengths.at[row].set(0),
+            ref_counts=ref_counts,
+            free_pages=table.free_pages.at[place].set(pages, mode="drop"),
+            num_free=table.num_free + jnp.sum(unowned, dtype=jnp.int32),
+        )
+        return table, rows.at[row].set(False)
+
+    return lax.while_loop(lambda carry: jnp.any(carry[1]), release_row, (table, rows))[0]
+
+
+def page_owners(table: PageTable) -> jax.Array:
+    """A row that holds each page, `i32[P]`; `B` for a page that no row holds."""
+    num_slots, _ = table.page_indices.shape
+    rows = jnp.arange(num_slots, dtype=jnp.int32)[:, None]
+    owners = jnp.full((table.num_pages,), num_slots, jnp.int32)
+    return owners.at[table.page_indices].set(
+        jnp.broadcast_to(rows, table.page_indices.shape), mode="drop"
+    )
+
+
+def violations(table: PageTable) -> jax.Array:
+    """Counts broken invariants, `i32[5]`; a sound table gives zeros.
+
+    1. pages whose reference count is not the number of table entries that name them;
+    2. pages that are free and owned, or neither, or twice in the stack;
+    3. entries before a row's last page that name no page, or after it that name one;
+    4. pages that a row names twice;
+    5. lengths or counts out of range.
+    """
+    pages_per_slot = table.page_indices.shape[1]
+    P = table.num_pages
+    columns = jnp.arange(pages_per_slot, dtype=jnp.int32)[None, :]
+    named = (table.page_indices >= 0) & (table.page_indices < P)
+    entries = jnp.where(named, table.page_indices, P)
+    references = jnp.zeros((P,), jnp.int32).at[entries].add(1, mode="drop")
+
+    stacked = jnp.arange(P, dtype=jnp.int32) < table.num_free
+    in_stack = jnp.where(stacked, table.free_pages, P)
+    in_stack = jnp.where(in_stack >= 0, in_stack, P)
+    times_free = jnp.zeros((P,), jnp.int32).at[in_stack].add(1, mode="drop")
+
+    in_order = jnp.sort(entries, axis=1)
+    repeated = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] < P)
+    too_long = (table.lengths < 0) | (table.lengths > pages_per_slot * table.page_size)
+    out_of_range = (table.num_free < 0) | (table.num_free > P)
+
+    def count(broken: jax.Array) -> jax.Array:
+        return jnp.sum(broken, dtype=jnp.int32)
+
+    return jnp.stack(
+        [
+            count(references != table.ref_counts),
+            count(times_free != (references == 0).astype(jnp.int32)),
+            count(named != (columns < table.held_pages[:, None])),
+            count(repeated),
+            count(too_long) + count(out_of_range),
+        ]
+    )
+
+
+def _last_page_is_shared(table: PageTable) -> jax.Array:
+    """Whether each row's last page has room left and another owner, `bool[B]`."""
+    rows = jnp.arange(table.lengths.shape[0], dtype=jnp.int32)
+    last = table.page_indices[rows, jnp.maximum(table.held_pages - 1, 0)]
+    owners = table.ref_counts.at[last].get(mode="fill", fill_value=0)
+    return (table.lengths % table.page_size != 0) & (owners > 1)

@@ -1,0 +1,1 @@
+"""Attention kernels for paged KV caches, usable alone by any JAX project."""

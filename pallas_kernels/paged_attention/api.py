@@ -1,0 +1,134 @@
+"""The public call: checks the arguments, picks an implementation, casts the result."""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.paged_attention import reference, xla
+
+Implementation = Literal["reference", "xla", "mosaic_gpu"]
+IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
+
+
+def resolve_implementation(implementation: str | None = None) -> str:
+    """The name of the implementation that a call would use: `None` picks the best one here.
+
+    Raises:
+      ValueError: the name is not one of `IMPLEMENTATIONS`.
+      NotImplementedError: the name is known, but cannot run here.
+    """
+    if implementation is None:
+        return "xla"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"{implementation=} is unknown: give None or one of {IMPLEMENTATIONS}.")
+    if implementation == "mosaic_gpu":
+        raise NotImplementedError('There is no "mosaic_gpu" kernel yet: use implementation="xla".')
+    return implementation
+
+
+def paged_attention(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    lengths: jax.Array,
+    page_indices: jax.Array,
+    *,
+    cu_q_lens: jax.Array | None = None,
+    sm_scale: float | None = None,
+    soft_cap: float | None = None,
+    sliding_window: int | None = None,
+    return_residuals: bool = False,
+    implementation: str | None = None,
+):
+    """Causal attention of each row's last queries over the KV pages that its table names.
+
+    Letters: B rows, T tokens in this step, P pages, M pages per row, S tokens per page, H = K * G
+    query heads over K KV heads, D head dim. Query head h reads KV head h // G.
+
+    A row's result is the same bit for bit whoever else is in the batch, in whatever order.
+
+    Args:
+      q: [B, H, D] for decode (`cu_q_lens` is None): one query per row, at position length - 1.
+        [T, H, D] for ragged steps: row b's queries are q[cu_q_lens[b]:cu_q_lens[b+1]], its last
+        positions. Tokens from cu_q_lens[B] on are padding.
+      k_pages, v_pages: [P, K, S, D]. Slots that hold no live token may hold anything, NaN included.
+      lengths: i32[B], live KV tokens per row, this step's included; 0 for an empty row.
+      page_indices: i32[B, M]; entry j names the page of tokens [j*S, (j+1)*S). Entries beyond the
+        row's ceil(length / S) live pages may be anything.
+      cu_q_lens: i32[B+1], running sum of the rows' query counts, from 0 to at most T.
+      sm_scale: factor on the scores, D**-0.5 if None.
+      soft_cap: if given, scores become soft_cap * tanh(score / soft_cap).
+      sliding_window: if given, position i sees positions i - sliding_window + 1 .. i only.
+      return_residuals: also return what merging split KV needs.
+      implementation: "reference", "xla" or None for the best here (`resolve_implementation`).
+
+    Returns:
+      out of q's shape and dtype, zeros for padding and empty rows; with `return_residuals`
+      (out, (m, l)), both f32[.., H]: the largest score, and the sum of exp(score - m).
+
+    Raises:
+      ValueError: shapes, dtypes or options do not fit; the message says which and what would.
+      NotImplementedError: the implementation named cannot run here.
+    """
+    implementation = resolve_implementation(implementation)
+    lengths, page_indices = jnp.asarray(lengths), jnp.asarray(page_indices)
+    cu_q_lens = None if cu_q_lens is None else jnp.asarray(cu_q_lens)
+    _check_arrays(q, k_pages, v_pages)
+    _check_rows(q, lengths, page_indices, cu_q_lens)
+    _check_options(soft_cap, sliding_window)
+    options = {
+        "sm_scale": q.shape[-1] ** -0.5 if sm_scale is None else sm_scale,
+        "soft_cap": soft_cap,
+        "window": sliding_window,
+    }
+    if implementation == "reference" and cu_q_lens is None:
+        cu_q_lens = jnp.arange(q.shape[0] + 1, dtype=jnp.int32)
+    attend = {"reference": reference.attend, "xla": xla.attend}[implementation]
+    out, m, l = attend(q, k_pages, v_pages, lengths, page_indices, cu_q_lens, **options)  # noqa: E741
+    out = out.astype(q.dtype)
+    return (out, (m, l)) if return_residuals else out
+
+
+def _check_arrays(q, k_pages, v_pages):
+    if q.ndim != 3:
+        raise ValueError(f"{q.shape=} must be [B or T, H, D].")
+    if k_pages.ndim != 4 or k_pages.shape != v_pages.shape:
+        raise ValueError(f"{k_pages.shape=} and {v_pages.shape=} must both be [P, K, S, D].")
+    if min(k_pages.shape) == 0:
+        raise ValueError(f"{k_pages.shape=} has no elements: allocate at least one page.")
+    if q.shape[2] != k_pages.shape[3]:
+        raise ValueError(f"{q.shape=} and {k_pages.shape=} must have the same last axis, D.")
+    if q.shape[1] == 0 or q.shape[1] % k_pages.shape[1]:
+        raise ValueError(f"H={q.shape[1]} query heads must be a multiple of K={k_pages.shape[1]}.")
+    if k_pages.dtype != v_pages.dtype:
+        raise ValueError(f"{k_pages.dtype=} and {v_pages.dtype=} must be equal: cast one of them.")
+    for name, array in (("q", q), ("k_pages", k_pages)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name}.dtype={array.dtype} must be floating: cast or dequantise it.")
+
+
+def _check_rows(q, lengths, page_indices, cu_q_lens):
+    if lengths.ndim != 1 or lengths.shape[0] == 0:
+        raise ValueError(f"{lengths.shape=} must be [B] with B >= 1.")
+    (num_rows,) = lengths.shape
+    if page_indices.ndim != 2 or page_indices.shape[0] != num_rows or page_indices.shape[1] == 0:
+        raise ValueError(f"{page_indices.shape=} must be [B={num_rows}, M] with M >= 1.")
+    if cu_q_lens is None and q.shape[0] != num_rows:
+        raise ValueError(
+            f"{q.shape=} must hold one query for each of B={num_rows} rows: "
+            "give cu_q_lens when rows have other numbers of queries."
+        )
+    if cu_q_lens is not None and cu_q_lens.shape != (num_rows + 1,):
+        raise ValueError(f"{cu_q_lens.shape=} must be [B + 1 = {num_rows + 1}], starting at 0.")
+    named = {"lengths": lengths, "page_indices": page_indices, "cu_q_lens": cu_q_lens}
+    for name, array in named.items():
+        if array is not None and array.dtype != jnp.int32:
+            raise ValueError(f"{name}.dtype={array.dtype} must be int32: use .astype(jnp.int32).")
+
+
+def _check_options(soft_cap, sliding_window):
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"{soft_cap=} must be positive: give None for no cap.")
+    if sliding_window is not None and not sliding_window >= 1:
+        raise ValueError(f"{sliding_window=} must be at least 1: give None for no window.")

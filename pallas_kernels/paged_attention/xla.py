@@ -1,0 +1,232 @@
+"""Paged attention in plain XLA: loops whose trip counts follow the live lengths.
+
+Rows with one query go through `_decode`, rows with more through `_prefill`; a loop without rows
+makes no trip. Both fold fixed KV chunks into an online softmax in ascending order, in float32, and
+every product has a fixed shape, so that a row's bits depend on that row alone. Only the pages of the
+chunk at hand are gathered: the pool is never copied.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+CHUNK_TOKENS = 128  # KV tokens folded at a time, rounded to whole pages
+ROWS_PER_GROUP = 8  # decode rows in one product
+TILE_TOKENS = 32  # prefill queries in one product
+LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+class Softmax(NamedTuple):
+    """A softmax under way: `out` is not yet divided by `l`."""
+
+    m: jax.Array  # f32[..]     largest score so far
+    l: jax.Array  # f32[..]     sum of exp(score - m)
+    out: jax.Array  # f32[.., D]  sum of exp(score - m) * value
+
+
+class Cache(NamedTuple):
+    """The paged KV cache as one call sees it."""
+
+    k_pages: jax.Array  # [P, K, S, D]
+    v_pages: jax.Array  # [P, K, S, D]
+    page_indices: jax.Array  # i32[B, M]
+
+    @property
+    def chunk_pages(self) -> int:
+        return max(1, CHUNK_TOKENS // self.k_pages.shape[2])
+
+    @property
+    def chunk_tokens(self) -> int:
+        return self.chunk_pages * self.k_pages.shape[2]
+
+
+class Options(NamedTuple):
+    sm_scale: float
+    soft_cap: float | None
+    window: int | None
+
+
+def attend(q, k_pages, v_pages, lengths, page_indices, cu_q_lens, *, sm_scale, soft_cap, window):
+    """The contract of `reference.attend`; `cu_q_lens` None means one query for each row."""
+    num_tokens, num_heads, head_dim = q.shape
+    cache = Cache(k_pages, v_pages, page_indices)
+    options = Options(sm_scale, soft_cap, window)
+    q = q.astype(jnp.float32).reshape(num_tokens, k_pages.shape[1], -1, head_dim) * sm_scale
+    if cu_q_lens is None:
+        result = _decode(q, cache, lengths, options)
+    else:
+        result = _ragged(q, cache, lengths, cu_q_lens, options)
+    m, l, out = (x.reshape(num_tokens, num_heads, *x.shape[3:]) for x in result)  # noqa: E741
+    out = out / jnp.where(l > 0, l, 1.0)[..., None]
+    return out, jnp.where(l > 0, m, -jnp.inf), l
+
+
+def _ragged(q, cache: Cache, lengths, cu_q_lens, options) -> Softmax:
+    """Splits the rows by their number of queries and puts the two results together by token."""
+    q_lens = jnp.diff(cu_q_lens)
+    first = jnp.minimum(cu_q_lens[:-1], q.shape[0] - 1)
+    decoded = _decode(q[first], cache, jnp.where(q_lens == 1, lengths, 0), options)
+    prefilled = _prefill(q, cache, lengths, jnp.where(q_lens > 1, q_lens, 0), first, options)
+
+    token = jnp.arange(q.shape[0], dtype=jnp.int32)
+    row = jnp.searchsorted(cu_q_lens[1:], token, side="right", method="compare_all")
+    is_decode = (row < lengths.shape[0]) & (q_lens.at[row].get(mode="clip") == 1)
+
+    def choose(d, p):
+        mask = lax.broadcast_in_dim(is_decode, p.shape, (0,))
+        return jnp.where(mask, d.at[row].get(mode="clip"), p)
+
+    return jax.tree.map(choose, decoded, prefilled)
+
+
+def _decode(q, cache: Cache, lengths, options: Options) -> Softmax:
+    """One query per row: q [B, K, G, D] at positions lengths - 1. Empty rows cost nothing.
+
+    With the rows sorted by their number of chunks, those that have a j-th chunk are a prefix. The
+    loop goes over chunks j and, within, over the groups of rows of that prefix.
+    """
+    chunk = cache.chunk_tokens
+    num_rows = -(-q.shape[0] // ROWS_PER_GROUP) * ROWS_PER_GROUP
+    lengths = jnp.pad(lengths, (0, num_rows - lengths.shape[0]))
+    first = _first_visible(lengths - 1, options) // chunk
+    num_chunks = jnp.maximum(-(-lengths // chunk) - first, 0)
+    order = jnp.argsort(-num_chunks).astype(jnp.int32)
+    sorted_q = q.at[order].get(mode="clip")
+    sorted_chunks = jnp.pad(num_chunks[order], (0, 1))
+
+    def body(carry):
+        j, start, state = carry
+        row = lax.dynamic_slice_in_dim(order, start, ROWS_PER_GROUP)
+        q_rows = lax.dynamic_slice_in_dim(sorted_q, start, ROWS_PER_GROUP)
+        k, v, key_position = _read_chunk(cache, row, first[row] + j, lengths[row])
+        live = _visible(lengths[row][:, None] - 1, key_position, options)[:, None, None]
+        s = _scores(jnp.einsum("rkgd,rkcd->rkgc", q_rows, k), live, options)
+        old = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, ROWS_PER_GROUP), state)
+        new = _fold(old, s, v, "rkgc,rkcd->rkgd")
+        write = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+        state = jax.tree.map(write, state, new)
+        start += ROWS_PER_GROUP
+        is_last = sorted_chunks[start] <= j
+        return jnp.where(is_last, j + 1, j), jnp.where(is_last, 0, start), state
+
+    zero = jnp.int32(0)
+    _, _, state = lax.while_loop(
+        lambda carry: carry[0] < sorted_chunks[0], body, (zero, zero, _start(sorted_q.shape))
+    )
+    place = jnp.argsort(order)[: q.shape[0]]
+    return jax.tree.map(lambda x: x[place], state)
+
+
+def _prefill(q, cache: Cache, lengths, q_lens, first_token, options: Options) -> Softmax:
+    """Many queries per row: q [T, K, G, D], row b's from first_token[b] on. Others cost nothing.
+
+    Tile i of a row is its positions [i * TILE, (i + 1) * TILE), wherever the step starts: a token
+    takes the same place in the same product however the prompt is cut.
+    """
+    num_tokens, num_kv_heads, group, head_dim = q.shape
+    starts = lengths - q_lens
+    first_tile = starts // TILE_TOKENS
+    num_tiles = jnp.where(q_lens > 0, -(-lengths // TILE_TOKENS) - first_tile, 0)
+    ends = jnp.cumsum(num_tiles)
+    padded = (num_tokens + 2 * TILE_TOKENS, num_kv_heads, group, head_dim)
+    q = lax.dynamic_update_slice_in_dim(jnp.zeros(padded, jnp.float32), q, TILE_TOKENS, 0)
+
+    def body(tile, state):
+        row = jnp.searchsorted(ends, tile, side="right", method="compare_all").astype(jnp.int32)
+        tile_start = (first_tile[row] + tile - (ends[row] - num_tiles[row])) * TILE_TOKENS
+        position = tile_start + jnp.arange(TILE_TOKENS, dtype=jnp.int32)
+        at = TILE_TOKENS + first_token[row] + tile_start - starts[row]
+        q_tile = lax.dynamic_slice_in_dim(q, at, TILE_TOKENS).transpose(1, 0, 2, 3)
+        new = _attend_tile(q_tile, cache, row, position, lengths[row], options)
+        is_ours = (position >= starts[row]) & (position < lengths[row])
+
+        def write(x, x_new):
+            x_new = jnp.swapaxes(x_new, 0, 1)
+            mask = lax.broadcast_in_dim(is_ours, x_new.shape, (0,))
+            x_new = jnp.where(mask, x_new, lax.dynamic_slice_in_dim(x, at, TILE_TOKENS))
+            return lax.dynamic_update_slice_in_dim(x, x_new, at, 0)
+
+        return jax.tree.map(write, state, new)
+
+    state = lax.fori_loop(0, ends[-1], body, _start(padded))
+    return jax.tree.map(lambda x: x[TILE_TOKENS:-TILE_TOKENS], state)
+
+
+def _attend_tile(q_tile, cache: Cache, row, position, length, options: Options) -> Softmax:
+    """One row's query tile [K, TILE, G, D] at `position` i32[TILE] against the row's live KV."""
+    num_kv_heads, num_queries, group, head_dim = q_tile.shape
+    flat = q_tile.reshape(num_kv_heads, num_queries * group, head_dim)
+    chunk = cache.chunk_tokens
+    seen_tokens = jnp.minimum(position[-1] + 1, length)
+
+    def body(j, state):
+        k, v, key_position = _read_chunk(cache, row[None], j[None], length[None])
+        live = _visible(position[:, None], key_position, options)  # [TILE, C]
+        live = jnp.repeat(live, group, axis=0)[None]
+        s = _scores(jnp.einsum("kqd,kcd->kqc", flat, k[0]), live, options)
+        return _fold(state, s, v[0], "kqc,kcd->kqd")
+
+    first = _first_visible(position[0], options) // chunk
+    state = lax.fori_loop(first, -(-seen_tokens // chunk), body, _start(flat.shape))
+    return jax.tree.map(lambda x: x.reshape(num_kv_heads, num_queries, group, *x.shape[2:]), state)
+
+
+def _read_chunk(cache: Cache, row, chunk, length):
+    """KV chunk `chunk` i32[R] of each row i32[R]: K and V f32[R, K, C, D], positions i32[R, C].
+
+    Whatever is not below `length` i32[R] reads as zero, from page 0.
+    """
+    _, num_kv_heads, page_size, head_dim = cache.k_pages.shape
+    slot = jnp.arange(cache.chunk_pages, dtype=jnp.int32)[None]
+    slot += chunk[:, None] * cache.chunk_pages
+    page = cache.page_indices.at[row[:, None], slot].get(mode="clip")
+    page = jnp.where(slot * page_size < length[:, None], page, 0)
+    head = jnp.arange(num_kv_heads, dtype=jnp.int32)
+    index = page[:, None, :] * num_kv_heads + head[None, :, None]  # [R, K, pages]
+    position = jnp.arange(cache.chunk_tokens, dtype=jnp.int32)[None]
+    position += chunk[:, None] * cache.chunk_tokens
+    live = (position < length[:, None]).reshape(row.shape[0], 1, cache.chunk_pages, page_size, 1)
+
+    def read(pages):
+        pieces = pages.reshape(-1, page_size, head_dim).at[index].get(mode="clip")
+        pieces = jnp.where(live, pieces.astype(jnp.float32), 0.0)
+        return pieces.reshape(row.shape[0], num_kv_heads, cache.chunk_tokens, head_dim)
+
+    return read(cache.k_pages), read(cache.v_pages), position
+
+
+def _first_visible(position, options: Options):
+    """The first key position that the query at `position` may see."""
+    if options.window is None:
+        return jnp.zeros_like(position)
+    return jnp.maximum(position - options.window + 1, 0)
+
+
+def _visible(position, key_position, options: Options):
+    """Whether the query at `position` may see `key_position`."""
+    return (key_position <= position) & (key_position >= _first_visible(position, options))
+
+
+def _scores(products, live, options: Options):
+    """Scaled products -> capped scores, -inf where not `live`."""
+    if options.soft_cap is not None:
+        products = options.soft_cap * jnp.tanh(products / options.soft_cap)
+    return jnp.where(live, products, -jnp.inf)
+
+
+def _start(shape) -> Softmax:
+    """The softmax over nothing for queries of `shape` [.., D]; a finite m keeps exp(m - m) sane."""
+    zeros = jnp.zeros(shape[:-1], jnp.float32)
+    return Softmax(m=zeros + LOWEST, l=zeros, out=jnp.zeros(shape, jnp.float32))
+
+
+def _fold(state: Softmax, s, v, subscripts: str) -> Softmax:
+    """Adds one chunk with scores `s` [.., C] and values `v`; all -inf scores change nothing."""
+    m = jnp.maximum(state.m, s.max(axis=-1))
+    p = jnp.exp(s - m[..., None])
+    decay = jnp.exp(state.m - m)
+    out = state.out * decay[..., None] + jnp.einsum(subscripts, p, v)
+    return Softmax(m, state.l * decay + p.sum(axis=-1), out)
