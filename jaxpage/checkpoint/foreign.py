@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxpage.checkpoint.errors import CheckpointError
 from jaxpage.config import ModelConfig
-from jaxpage.model.params import ParamSpec, Params, is_spec, param_specs
+from jaxpage.model.params import Params, is_spec, param_specs
 
 
 class TensorSource(Protocol):
@@ -121,9 +121,7 @@ class _Landing:
         self.view[...] = values.reshape(self.view.shape)
 
 
-def convert(
-    config: ModelConfig, table: NameTable, source: TensorSource, dtype: np.dtype
-) -> Params:
+def convert(config: ModelConfig, table: NameTable, source: TensorSource, dtype: np.dtype) -> Params:
     """Copies a foreign checkpoint into our parameters, one tensor at a time.
 
     Args:
@@ -217,12 +215,3 @@ def _check_tied_head(embed: np.ndarray, name: str, values: np.ndarray) -> None:
             f"{name} {values.shape} differs from the embedding {embed.shape} although the "
             "configuration ties them; set tie_word_embeddings to false"
         )
-
-
-def abstract_params(config: ModelConfig, dtype: np.dtype, shardings: Params) -> Params:
-    """`ShapeDtypeStruct`s of the parameters, each with its sharding."""
-
-    def abstract(spec: ParamSpec, sharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(spec.shape, dtype, sharding=sharding)
-
-    return jax.tree.map(abstract, param_specs(config), shardings, is_leaf=is_spec)

@@ -67,9 +67,7 @@ def parse_hf_config(raw: dict, name: str) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=_integer(raw, "num_key_value_heads", name, default=num_heads),
         head_dim=(
-            embed_dim // max(num_heads, 1)
-            if head_dim is None
-            else _integer(raw, "head_dim", name)
+            embed_dim // max(num_heads, 1) if head_dim is None else _integer(raw, "head_dim", name)
         ),
         vocab_size=_integer(raw, "vocab_size", name),
         max_position=_integer(raw, "max_position_embeddings", name, default=2048),

@@ -157,14 +157,12 @@ def release(table: PageTable, rows: jax.Array) -> PageTable:
     return lax.while_loop(lambda carry: jnp.any(carry[1]), release_row, (table, rows))[0]
 
 
-def page_owners(table: PageTable) -> jax.Array:
-    """A row that holds each page, `i32[P]`; `B` for a page that no row holds."""
-    num_slots, _ = table.page_indices.shape
+def page_owners(page_indices: jax.Array, num_pages: int) -> jax.Array:
+    """A row that holds each page, `i32[P]`, from a table's `i32[B, M]`; `B` if no row does."""
+    num_slots = page_indices.shape[0]
     rows = jnp.arange(num_slots, dtype=jnp.int32)[:, None]
-    owners = jnp.full((table.num_pages,), num_slots, jnp.int32)
-    return owners.at[table.page_indices].set(
-        jnp.broadcast_to(rows, table.page_indices.shape), mode="drop"
-    )
+    owners = jnp.full((num_pages,), num_slots, jnp.int32)
+    return owners.at[page_indices].set(jnp.broadcast_to(rows, page_indices.shape), mode="drop")
 
 
 def violations(table: PageTable) -> jax.Array:

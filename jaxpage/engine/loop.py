@@ -1,0 +1,42 @@
+"""The serving loop: one `lax.while_loop` in one jit, over the whole state, which is donated.
+
+This is the only place that compiles or donates. The loop runs until there is something to say to
+the host: `max_steps` are done, the log is full, a request has ended (if asked), or all have.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpage.engine.step import EngineState, Setup, engine_step
+from jaxpage.model.params import Params
+from jaxpage.scheduling import state as scheduler_state
+from jaxpage.scheduling.state import Requests
+
+
+@partial(jax.jit, static_argnames=("setup",), donate_argnames=("state",))
+def serve_steps(
+    params: Params, state: EngineState, max_steps: jax.Array, *, setup: Setup
+) -> EngineState:
+    """Runs up to `max_steps` steps, fewer if all requests are done; starts a new log."""
+    state = state.replace(log=state.log.replace(count=jnp.asarray(0, jnp.int32)))
+    limit = jnp.minimum(max_steps, setup.engine.log_steps)
+
+    def goes_on(state: EngineState) -> jax.Array:
+        return (state.log.count < limit) & jnp.any(state.scheduler.unfinished)
+
+    return lax.while_loop(goes_on, lambda state: engine_step(params, state, setup), state)
+
+
+@partial(jax.jit, donate_argnames=("state",))
+def submit(state: EngineState, row: jax.Array, request: Requests) -> EngineState:
+    """Puts a request in the free row `row` of the queue."""
+    return state.replace(scheduler=scheduler_state.submit(state.scheduler, row, request))
+
+
+@partial(jax.jit, donate_argnames=("state",))
+def forget(state: EngineState, row: jax.Array) -> EngineState:
+    """Frees the row of a request that is done and has been read."""
+    return state.replace(scheduler=scheduler_state.forget(state.scheduler, row))

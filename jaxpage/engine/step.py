@@ -1,0 +1,190 @@
+"""One step of the engine: plan, execute on the model, commit. All pure.
+
+The executor here is the model. It packs the plan's tokens, row after row, into the smallest token
+bucket that holds them; each bucket is a branch of one `lax.switch`, so that a step of eight
+tokens does not pay for five hundred.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from jaxpage.config import EngineConfig, ModelConfig
+from jaxpage.model import llama, sampling
+from jaxpage.model.llama import AttentionFn, Batch
+from jaxpage.model.params import Params
+from jaxpage.paging import kv_pool, page_table, ragged
+from jaxpage.paging.allocator import Allocator
+from jaxpage.paging.kv_pool import KvPool
+from jaxpage.scheduling import state as scheduler_state
+from jaxpage.scheduling.accounting import StepRecord, record_step
+from jaxpage.scheduling.policies import PolicyFn
+from jaxpage.scheduling.state import Requests, SchedulerState
+from jaxpage.scheduling.step import Outcome, Plan, commit_step, plan_step
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The static choices of a compiled engine: configurations and strategies."""
+
+    model: ModelConfig
+    engine: EngineConfig
+    allocator: Allocator
+    policy: PolicyFn
+    attention: AttentionFn
+
+
+@struct.dataclass
+class StepLog:
+    """Records of the steps since the host last read, in a buffer of `log_steps` rows."""
+
+    records: StepRecord  # i32[log_steps] each
+    owners: jax.Array  # i32[log_steps, P], request by page, R for none; [log_steps, 0] if not kept
+    count: jax.Array  # i32[], rows filled
+
+
+@struct.dataclass
+class EngineState:
+    """The whole of serving, in one pytree."""
+
+    scheduler: SchedulerState
+    pool: KvPool
+    log: StepLog
+
+
+def create(setup: Setup, kv_dtype) -> EngineState:
+    """A state with no requests, an empty pool and an empty log."""
+    config = setup.engine
+    rows = config.log_steps
+    columns = config.num_pages if config.record_page_map else 0
+    records = (jnp.zeros((rows,), jnp.int32) for _ in StepRecord._fields)  # each its own buffer
+    return EngineState(
+        scheduler=scheduler_state.create(config, setup.allocator),
+        pool=kv_pool.create(setup.model, config, kv_dtype),
+        log=StepLog(
+            records=StepRecord(*records),
+            owners=jnp.zeros((rows, columns), jnp.int32),
+            count=jnp.asarray(0, jnp.int32),
+        ),
+    )
+
+
+def engine_step(params: Params, state: EngineState, setup: Setup) -> EngineState:
+    """Plans a step, runs the model on it, and commits what it sampled."""
+    scheduler, plan = plan_step(state.scheduler, setup.engine, setup.allocator, setup.policy)
+    log = _write_log(state.log, scheduler, plan, setup.engine)
+    pool, outcome = execute(params, state.pool, plan, scheduler.requests, setup)
+    scheduler = commit_step(scheduler, plan, outcome, setup.allocator, setup.model.eos_ids)
+    return EngineState(scheduler=scheduler, pool=pool, log=log)
+
+
+def execute(
+    params: Params, pool: KvPool, plan: Plan, requests: Requests, setup: Setup
+) -> tuple[KvPool, Outcome]:
+    """Carries out a plan with the model: writes KV, samples where the plan says so."""
+    buckets = setup.engine.token_buckets
+    branch = jnp.sum(plan.num_tokens > jnp.asarray(buckets[:-1], jnp.int32), dtype=jnp.int32)
+    branches = [partial(_execute_bucket, bucket, setup) for bucket in buckets]
+    return lax.switch(branch, branches, params, pool, plan, requests)
+
+
+def pack(plan: Plan, requests: Requests, num_tokens: int, page_size: int, null_page: int) -> Batch:
+    """The plan's tokens as a batch of `num_tokens`, padded at its end."""
+    tokens = ragged.expand(plan.counts, num_tokens)
+    row, live = tokens.row, tokens.live
+    first = (plan.lengths - plan.counts).at[row].get(mode="fill", fill_value=0)
+    positions = jnp.where(live, first + tokens.offset, 0)
+    request = plan.requests.at[row].get(mode="fill", fill_value=requests.phases.shape[0])
+    token_ids = requests.tokens.at[request, positions].get(mode="fill", fill_value=0)
+    pages = plan.page_indices.at[row, positions // page_size].get(mode="fill", fill_value=null_page)
+    ends = jnp.cumsum(plan.counts)
+    return Batch(
+        tokens=token_ids,
+        positions=positions,
+        pages=pages,
+        offsets=positions % page_size,
+        cu_q_lens=jnp.concatenate([jnp.zeros((1,), jnp.int32), ends]),
+        # Rows that bring nothing have nothing to attend to.
+        lengths=jnp.where(plan.counts > 0, plan.lengths, 0),
+        page_indices=plan.page_indices,
+    )
+
+
+def _execute_bucket(
+    bucket: int, setup: Setup, params: Params, pool: KvPool, plan: Plan, requests: Requests
+) -> tuple[KvPool, Outcome]:
+    batch = pack(plan, requests, bucket, pool.page_size, pool.num_pages)
+    states, pool = llama.forward(params, pool, batch, setup.model, setup.attention)
+    num_sampled = min(bucket, setup.engine.num_slots)
+    outcome = lax.cond(
+        jnp.any(plan.samples),
+        lambda: _sample(params, states, batch, plan, requests, num_sampled),
+        lambda: _nothing_sampled(setup.engine.num_slots),
+    )
+    return pool, outcome
+
+
+def _sample(
+    params: Params,
+    states: jax.Array,
+    batch: Batch,
+    plan: Plan,
+    requests: Requests,
+    capacity: int,
+) -> Outcome:
+    """Samples for at most `capacity` rows; the head never sees a token that samples nothing."""
+    num_slots = plan.samples.shape[0]
+    slot = ragged.expand(plan.samples.astype(jnp.int32), capacity).row  # B where not live
+    request = plan.requests.at[slot].get(mode="fill", fill_value=requests.phases.shape[0])
+    last = jnp.maximum(batch.cu_q_lens[1:].at[slot].get(mode="fill", fill_value=1) - 1, 0)
+    position = requests.num_tokens.at[request].get(mode="fill", fill_value=0)
+    settings = jax.tree.map(
+        lambda leaf: leaf.at[request].get(mode="fill", fill_value=0), requests.sampling
+    )
+    settings = settings.replace(
+        repetition_penalty=jnp.where(
+            settings.repetition_penalty == 0, 1.0, settings.repetition_penalty
+        )
+    )
+    logits = llama.logits(params, states[last])
+    tokens, logprobs, failed = sampling.sample(
+        logits, settings, position, _history(requests, request, position, logits.shape[-1])
+    )
+
+    def by_slot(values: jax.Array) -> jax.Array:
+        return jnp.zeros((num_slots,), values.dtype).at[slot].set(values, mode="drop")
+
+    return Outcome(by_slot(tokens), by_slot(logprobs), by_slot(failed))
+
+
+def _history(requests: Requests, request: jax.Array, lengths: jax.Array, nothing: int) -> jax.Array:
+    """The known tokens of each request, `i32[n, N]`, and `nothing` past their end."""
+    tokens = requests.tokens.at[request].get(mode="fill", fill_value=nothing)
+    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    return jnp.where(index < lengths[:, None], tokens, nothing)
+
+
+def _nothing_sampled(num_slots: int) -> Outcome:
+    return Outcome(
+        tokens=jnp.zeros((num_slots,), jnp.int32),
+        logprobs=jnp.zeros((num_slots,), jnp.float32),
+        failed=jnp.zeros((num_slots,), jnp.bool_),
+    )
+
+
+def _write_log(
+    log: StepLog, scheduler: SchedulerState, plan: Plan, config: EngineConfig
+) -> StepLog:
+    record = record_step(scheduler, plan)
+    records = jax.tree.map(lambda kept, new: kept.at[log.count].set(new), log.records, record)
+    owners = log.owners
+    if config.record_page_map:
+        slots = page_table.page_owners(plan.page_indices, config.num_pages)
+        nobody = scheduler.requests.phases.shape[0]
+        requests = scheduler.slots.at[slots].get(mode="fill", fill_value=nobody)
+        owners = owners.at[log.count].set(requests)
+    return StepLog(records=records, owners=owners, count=log.count + 1)

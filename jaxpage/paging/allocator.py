@@ -1,0 +1,111 @@
+"""What a scheduler asks of a table: one record of functions for pages, one for each baseline.
+
+The scheduler is written once; the allocator decides when memory is taken. `paged` takes a page as
+tokens come and may run out while sequences run; a contiguous one reserves at admission and cannot.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jaxpage.config import EngineConfig
+from jaxpage.paging import contiguous, page_table, status
+from jaxpage.paging.contiguous import ContiguousTable, ReserveFn
+from jaxpage.paging.page_table import PageTable, num_pages_for
+
+Table = PageTable | ContiguousTable
+
+
+@dataclass(frozen=True)
+class Allocator:
+    """The verbs of one kind of table.
+
+    `admit(table, row, known, prompt, final, owed)` readies an empty row for a sequence of which
+    `known` tokens are to be computed, `prompt` of them the user's, and that ends with `final`
+    tokens at most; `owed` pages are promised to others. It returns the table and a status.
+    `append(table, counts, max_new_pages)` makes room for tokens, as in `page_table.append`.
+    `fitting(table, order, counts)` says which rows could append `counts` at once if all rows after
+    them in `order` gave up their pages: a prefix of the order, `bool[B]`.
+    `reserve(prompt, final, max_len)` is how many tokens' memory a sequence needs at its fullest.
+    """
+
+    name: str
+    create: Callable[[EngineConfig], Table]
+    admit: Callable[..., tuple[Table, jax.Array]]
+    append: Callable[..., tuple[Table, jax.Array]]
+    fitting: Callable[[Table, jax.Array, jax.Array], jax.Array]
+    release: Callable[[Table, jax.Array], Table]
+    violations: Callable[[Table], jax.Array]
+    reserve: ReserveFn
+
+
+def _create(module, config: EngineConfig) -> Table:
+    return module.create(
+        config.num_slots, config.pages_per_slot, config.num_pages, config.page_size
+    )
+
+
+def _admit_paged(table: PageTable, row, known, prompt, final, owed):
+    del row, prompt, final
+    enough = num_pages_for(known, table.page_size) <= table.num_free - owed
+    return table, jnp.where(enough, status.OK, status.OUT_OF_PAGES)
+
+
+def _fitting_paged(table: PageTable, order: jax.Array, counts: jax.Array) -> jax.Array:
+    held = table.held_pages
+    demand = num_pages_for(table.lengths + counts, table.page_size) - held
+    # Row i fits if what rows 0..i hold and demand is no more than all pages in use or free.
+    needed = jnp.cumsum((held + demand)[order])
+    fits = needed <= table.num_free + jnp.sum(held)
+    return jnp.zeros_like(fits).at[order].set(fits)
+
+
+def _contiguous(name: str, reserve: ReserveFn) -> Allocator:
+    def admit(table: ContiguousTable, row, known, prompt, final, owed):
+        del known, owed
+        max_len = table.pages_per_slot * table.page_size
+        return contiguous.reserve(table, row, reserve(prompt, final, max_len))
+
+    def append(table: ContiguousTable, counts, max_new_pages=None):
+        del max_new_pages
+        return contiguous.append(table, counts)
+
+    def fitting(table: ContiguousTable, order, counts):
+        del order
+        return table.lengths + counts <= table.reserved_tokens
+
+    return Allocator(
+        name=name,
+        create=partial(_create, contiguous),
+        admit=admit,
+        append=append,
+        fitting=fitting,
+        release=contiguous.release,
+        violations=contiguous.violations,
+        reserve=reserve,
+    )
+
+
+PAGED = Allocator(
+    name="paged",
+    create=partial(_create, page_table),
+    admit=_admit_paged,
+    append=page_table.append,
+    fitting=_fitting_paged,
+    release=page_table.release,
+    violations=page_table.violations,
+    reserve=contiguous.reserve_oracle,
+)
+
+ALLOCATORS: dict[str, Allocator] = {
+    allocator.name: allocator
+    for allocator in (
+        PAGED,
+        _contiguous("oracle", contiguous.reserve_oracle),
+        _contiguous("pow2", contiguous.reserve_pow2),
+        _contiguous("max", contiguous.reserve_max),
+    )
+}

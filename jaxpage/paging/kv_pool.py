@@ -1,0 +1,80 @@
+"""The pool of KV pages of all layers, and the only code here that knows its layout.
+
+Layout `[L, P, K, S, D]`, keys and values apart: a page of a layer is contiguous, a (page, head)
+tile is one box, and the KV-head axis shards. Kernels see layer `l` as pages `l * P` and up of one
+flat array, so that no layer is ever cut out of the pool, which would copy it.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.typing import DTypeLike
+
+from jaxpage.config import EngineConfig, ModelConfig
+
+
+@struct.dataclass
+class KvPool:
+    """Keys and values of every page; a page means the same tokens in every layer."""
+
+    keys: jax.Array  # [L, P, K, S, D]
+    values: jax.Array  # [L, P, K, S, D]
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of one layer, `P`."""
+        return self.keys.shape[1]
+
+    @property
+    def page_size(self) -> int:
+        """Tokens a page, `S`."""
+        return self.keys.shape[3]
+
+
+def create(model: ModelConfig, config: EngineConfig, dtype: DTypeLike) -> KvPool:
+    """A pool of zeros."""
+    shape = (
+        model.num_layers,
+        config.num_pages,
+        model.num_kv_heads,
+        config.page_size,
+        model.head_dim,
+    )
+    return KvPool(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
+
+
+def num_pages_in(kv_bytes: int, model: ModelConfig, page_size: int, dtype: DTypeLike) -> int:
+    """Pages that `kv_bytes` bytes hold, over all layers."""
+    return kv_bytes // (model.kv_bytes_per_token(dtype) * page_size)
+
+
+def write(
+    pool: KvPool,
+    layer: jax.Array | int,
+    keys: jax.Array,
+    values: jax.Array,
+    pages: jax.Array,
+    offsets: jax.Array,
+) -> KvPool:
+    """Writes tokens' `keys, values: [T, K, D]` of a layer to slots `offsets: i32[T]` of `pages`.
+
+    A token whose page is not below `P` is written nowhere.
+    """
+    index = jnp.where(pages < pool.num_pages, pages, pool.keys.shape[0] * pool.num_pages)
+    index = index + layer * pool.num_pages
+
+    def scatter(held: jax.Array, new: jax.Array) -> jax.Array:
+        flat = held.reshape(-1, *held.shape[2:])
+        flat = flat.at[index, :, offsets].set(new.astype(held.dtype), mode="drop")
+        return flat.reshape(held.shape)
+
+    return KvPool(keys=scatter(pool.keys, keys), values=scatter(pool.values, values))
+
+
+def pages_of_layer(
+    pool: KvPool, layer: jax.Array | int, page_indices: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The pool as one list of pages, `[L * P, K, S, D]` twice, and a layer's indices into it."""
+    flat = (-1, *pool.keys.shape[2:])
+    indices = page_indices + layer * pool.num_pages
+    return pool.keys.reshape(flat), pool.values.reshape(flat), indices

@@ -1,0 +1,125 @@
+"""The scheduler's whole memory: requests by number, sequences by slot, and the page table.
+
+A request keeps its prompt and what it has generated in one row of `tokens`, so that a preempted
+one is computed again from there: nothing else has to be saved.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxpage.config import EngineConfig
+from jaxpage.paging.allocator import Allocator, Table
+
+# Phases of a request.
+FREE, WAITING, PREEMPTED, RUNNING, DONE = range(5)
+
+# Why a request is done.
+NOT_DONE, STOP, LENGTH, ERROR = range(4)
+FINISH_REASONS = ("", "stop", "length", "error")
+
+
+@struct.dataclass
+class Sampling:
+    """How to choose the next token, for each of `n` requests or slots.
+
+    `temperature` 0 means greedy; `top_k` 0 and `top_p` 1 mean no cut; `repetition_penalty` 1 means
+    none. `seed` is the request's own: no two draws of it share a key, whoever shares the batch.
+    """
+
+    temperature: jax.Array  # f32[n]
+    top_k: jax.Array  # i32[n]
+    top_p: jax.Array  # f32[n]
+    repetition_penalty: jax.Array  # f32[n]
+    seed: jax.Array  # u32[n]
+
+
+@struct.dataclass
+class Requests:
+    """All requests held, `R` rows; a row is reused once its request is done and read."""
+
+    tokens: jax.Array  # i32[R, N], prompt, then output
+    logprobs: jax.Array  # f32[R, N], of output tokens, at their positions
+    prompt_lens: jax.Array  # i32[R]
+    num_tokens: jax.Array  # i32[R], tokens known: prompt and output so far
+    final_lens: jax.Array  # i32[R], tokens at which the request ends by length
+    arrivals: jax.Array  # i32[R], order of arrival
+    phases: jax.Array  # i32[R]
+    finish_reasons: jax.Array  # i32[R]
+    ignore_eos: jax.Array  # bool[R]
+    num_preemptions: jax.Array  # i32[R]
+    first_steps: jax.Array  # i32[R], step that gave the first output token, -1 before
+    final_steps: jax.Array  # i32[R], step that ended it, -1 before
+    sampling: Sampling  # of R
+
+
+@struct.dataclass
+class SchedulerState:
+    """Everything that `plan_step` reads and `commit_step` writes."""
+
+    requests: Requests
+    table: Table
+    slots: jax.Array  # i32[B], the request that runs there; R for none
+    step: jax.Array  # i32[], steps committed
+
+    @property
+    def running(self) -> jax.Array:
+        """Slots that hold a sequence, `bool[B]`."""
+        return self.slots < self.requests.phases.shape[0]
+
+    @property
+    def unfinished(self) -> jax.Array:
+        """Requests that wait or run, `bool[R]`."""
+        phases = self.requests.phases
+        return (phases != FREE) & (phases != DONE)
+
+
+def create(config: EngineConfig, allocator: Allocator) -> SchedulerState:
+    """A state with no requests."""
+    R, N = config.num_requests, config.max_seq_len
+
+    def ints(value: int = 0) -> jax.Array:
+        return jnp.full((R,), value, jnp.int32)
+
+    def floats(value: float) -> jax.Array:
+        return jnp.full((R,), value, jnp.float32)
+
+    requests = Requests(
+        tokens=jnp.zeros((R, N), jnp.int32),
+        logprobs=jnp.zeros((R, N), jnp.float32),
+        prompt_lens=ints(),
+        num_tokens=ints(),
+        final_lens=ints(),
+        arrivals=ints(),
+        phases=ints(FREE),
+        finish_reasons=ints(NOT_DONE),
+        ignore_eos=jnp.zeros((R,), jnp.bool_),
+        num_preemptions=ints(),
+        first_steps=ints(-1),
+        final_steps=ints(-1),
+        sampling=Sampling(
+            temperature=floats(0.0),
+            top_k=ints(),
+            top_p=floats(1.0),
+            repetition_penalty=floats(1.0),
+            seed=jnp.zeros((R,), jnp.uint32),
+        ),
+    )
+    return SchedulerState(
+        requests=requests,
+        table=allocator.create(config),
+        slots=jnp.full((config.num_slots,), R, jnp.int32),
+        step=jnp.asarray(0, jnp.int32),
+    )
+
+
+def submit(state: SchedulerState, row: jax.Array, request: Requests) -> SchedulerState:
+    """Puts `request`, one row without the leading axis, in the free row `row`, waiting."""
+    requests = jax.tree.map(lambda held, new: held.at[row].set(new), state.requests, request)
+    return state.replace(requests=requests)
+
+
+def forget(state: SchedulerState, row: jax.Array) -> SchedulerState:
+    """Frees the row of a request that is done."""
+    phases = state.requests.phases.at[row].set(FREE)
+    return state.replace(requests=state.requests.replace(phases=phases))

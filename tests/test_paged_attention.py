@@ -1,0 +1,330 @@
+"""Paged attention: the XLA path against the reference, the reference against NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_oracle import Problem, assert_close, make_problem, oracle
+
+from pallas_kernels.paged_attention import paged_attention, resolve_implementation
+from pallas_kernels.paged_attention import xla as xla_path
+
+S = 16
+CHUNK = xla_path.CHUNK_TOKENS
+TILE = xla_path.TILE_TOKENS
+EDGE_LENGTHS = (0, 1, S - 1, S, S + 1, 3 * S, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5, 0)
+RAGGED_LENGTHS = (70, 1, 0, 3 * TILE, 200, TILE + 1, 33, 40, 150)
+RAGGED_Q_LENS = (70, 1, 0, TILE, 1, 2, 0, 39, 110)
+OPTIONS = {
+    "plain": {},
+    "soft cap": {"soft_cap": 1.5},
+    "window of one": {"sliding_window": 1},
+    "window inside a page": {"sliding_window": 7},
+    "window beyond a chunk": {"sliding_window": CHUNK + 3},
+    "scale, cap and window": {"sm_scale": 0.3, "soft_cap": 4.0, "sliding_window": 50},
+}
+
+run_xla = jax.jit(
+    functools.partial(paged_attention, implementation="xla", return_residuals=True),
+    static_argnames=("soft_cap", "sliding_window", "sm_scale"),
+)
+reference = functools.partial(
+    paged_attention, implementation="reference", return_residuals=True
+)
+
+
+def edges(**shape) -> Problem:
+    return make_problem(EDGE_LENGTHS, **shape)
+
+
+def ragged(**shape) -> Problem:
+    total = sum(RAGGED_Q_LENS)
+    return make_problem(RAGGED_LENGTHS, RAGGED_Q_LENS, num_tokens=total + 9, **shape)
+
+
+def check(problem: Problem, **options):
+    out, (m, l) = problem.call(run_xla, **options)  # noqa: E741
+    want, (want_m, want_l) = problem.call(reference, **options)
+    assert out.dtype == problem.q.dtype
+    assert_close(out, want, problem)
+    np.testing.assert_allclose(m, want_m, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(l, want_l, rtol=1e-4)
+
+
+def bits(x) -> bytes:
+    return np.asarray(x).tobytes()
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("make", [edges, ragged])
+def test_the_reference_agrees_with_numpy_in_float64(make, options):
+    problem = make(head_dim=16)
+    out, (m, l) = problem.call(reference, **options)  # noqa: E741
+    want, want_m, want_l = oracle(problem, **options)
+    assert_close(out, want, problem)
+    np.testing.assert_allclose(m, want_m, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(l, want_l, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("make", [edges, ragged])
+def test_xla_agrees_with_the_reference_for_every_option(make, options):
+    check(make(), **options)
+
+
+@pytest.mark.parametrize("make", [edges, ragged])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"head_dim": 80, "num_kv_heads": 3, "group": 3},
+        {"head_dim": 128, "num_kv_heads": 1, "group": 8},
+        {"head_dim": 64, "num_kv_heads": 8, "group": 1},
+        {"page_size": 1},
+        {"page_size": 8, "group": 4},
+        {"page_size": 48},
+        {"page_size": 64},
+        {"page_size": 256},
+        {"table_pages": 40},
+        {"dtype": jnp.bfloat16, "num_kv_heads": 3, "group": 3},
+    ],
+    ids=str,
+)
+def test_xla_agrees_with_the_reference_for_every_shape(make, shape):
+    check(make(**shape))
+
+
+def test_float32_queries_may_read_bfloat16_pages():
+    problem = ragged(dtype=jnp.bfloat16)
+    q = problem.q.astype(jnp.float32)
+    check(Problem(**{**vars(problem), "q": q}))
+
+
+def test_the_comparison_fails_when_values_are_read_from_the_keys_pages():
+    problem = edges()
+    wrong = Problem(**{**vars(problem), "v_pages": problem.k_pages})
+    out, _ = wrong.call(run_xla)
+    with pytest.raises(AssertionError):
+        assert_close(out, problem.call(reference)[0], problem)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_empty_rows_and_padding_are_zeros_with_no_weight(implementation):
+    problem = make_problem((0, 20, 0), (0, 3, 0), num_tokens=8)
+    out, (m, l) = problem.call(  # noqa: E741
+        paged_attention, implementation=implementation, return_residuals=True
+    )
+    assert not out[3:].any() and (m[3:] == -jnp.inf).all() and not l[3:].any()
+    problem = make_problem((0, 0))
+    out, (m, l) = problem.call(  # noqa: E741
+        paged_attention, implementation=implementation, return_residuals=True
+    )
+    assert not out.any() and (m == -jnp.inf).all() and not l.any()
+
+
+def test_two_halves_of_the_cache_merge_into_the_whole():
+    whole = make_problem((5 * S, 12 * S + 3, 20 * S))
+    cut_pages = np.array([2, 6, 19])
+    head = Problem(**{**vars(whole), "lengths": (cut_pages * S).astype(np.int32)})
+    tail_table = np.stack(
+        [np.roll(row, -cut) for row, cut in zip(whole.page_indices, cut_pages, strict=True)]
+    )
+    tail = Problem(
+        **{
+            **vars(whole),
+            "lengths": (whole.lengths - cut_pages * S).astype(np.int32),
+            "page_indices": tail_table,
+        }
+    )
+    parts = [part.call(run_xla) for part in (head, tail)]
+    m = jnp.maximum(parts[0][1][0], parts[1][1][0])
+    weights = [part_l * jnp.exp(part_m - m) for _, (part_m, part_l) in parts]
+    merged = sum(out * w[..., None] for (out, _), w in zip(parts, weights, strict=True))
+    merged = merged / sum(weights)[..., None]
+    assert_close(merged, whole.call(reference)[0], whole)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+def test_the_order_of_the_rows_changes_no_bit(dtype):
+    problem = make_problem(EDGE_LENGTHS, dtype=dtype, num_kv_heads=3, group=3)
+    out, _ = problem.call(run_xla)
+    for seed in range(3):
+        order = np.random.default_rng(seed).permutation(len(EDGE_LENGTHS))
+        shuffled = Problem(
+            problem.q[order],
+            problem.k_pages,
+            problem.v_pages,
+            problem.lengths[order],
+            problem.page_indices[order],
+            None,
+        )
+        assert bits(shuffled.call(run_xla)[0]) == bits(out[order])
+
+
+@pytest.mark.parametrize("group", [1, 3, 4])
+def test_a_row_decodes_to_the_same_bits_alone_and_in_company(group):
+    lengths = (*EDGE_LENGTHS, 300, 17, 90, 90, 1)
+    problem = make_problem(lengths, num_kv_heads=3, group=group)
+    out, (m, l) = problem.call(run_xla)  # noqa: E741
+    for row in range(len(lengths)):
+        alone = Problem(
+            problem.q[row : row + 1],
+            problem.k_pages,
+            problem.v_pages,
+            problem.lengths[row : row + 1],
+            problem.page_indices[row : row + 1],
+            None,
+        )
+        got = alone.call(run_xla)
+        assert bits(got[0][0]) == bits(out[row])
+        assert bits(got[1][0][0]) == bits(m[row]) and bits(got[1][1][0]) == bits(l[row])
+
+
+def test_a_row_of_a_ragged_step_has_the_same_bits_alone_and_in_company():
+    problem = ragged(num_kv_heads=3, group=3)
+    out, _ = problem.call(run_xla)
+    cu = problem.cu_q_lens
+    for row in np.flatnonzero(problem.q_lens):
+        count = problem.q_lens[row]
+        for num_tokens in (count, count + 13):
+            tokens = np.arange(cu[row], cu[row] + num_tokens) % problem.q.shape[0]
+            alone = Problem(
+                problem.q[tokens],
+                problem.k_pages,
+                problem.v_pages,
+                problem.lengths[row : row + 1],
+                problem.page_indices[row : row + 1],
+                np.array([0, count], np.int32),
+            )
+            assert bits(alone.call(run_xla)[0][:count]) == bits(out[cu[row] : cu[row + 1]])
+
+
+def test_a_decode_row_has_the_same_bits_in_a_ragged_step():
+    problem = make_problem((5, 130, 40, 300), num_kv_heads=3, group=3)
+    out, _ = problem.call(run_xla)
+    as_ragged = Problem(**{**vars(problem), "cu_q_lens": np.arange(5, dtype=np.int32)})
+    assert bits(as_ragged.call(run_xla)[0]) == bits(out)
+
+
+def prefill_in_chunks(problem: Problem, cuts) -> jax.Array:
+    """The whole prompt of a one-row problem, computed in steps that end at `cuts`."""
+    outs = []
+    for start, end in zip((0, *cuts[:-1]), cuts, strict=True):
+        step = Problem(
+            problem.q[start:end],
+            problem.k_pages,
+            problem.v_pages,
+            np.array([end], np.int32),
+            problem.page_indices,
+            np.array([0, end - start], np.int32),
+        )
+        outs.append(step.call(run_xla)[0])
+    return jnp.concatenate(outs)
+
+
+def test_a_prompt_computed_in_chunks_gives_the_same_result():
+    length = 5 * TILE + 3
+    problem = make_problem((length,), (length,), num_kv_heads=3, group=3)
+    whole = prefill_in_chunks(problem, (length,))
+    assert_close(whole, problem.call(reference)[0], problem)
+    for cuts in ((2 * TILE, length), (2, TILE + 7, 4 * TILE, length), (40, 80, length)):
+        assert bits(prefill_in_chunks(problem, cuts)) == bits(whole)
+    with_decode = prefill_in_chunks(problem, (2 * TILE + 5, 2 * TILE + 6, length))
+    assert_close(with_decode, whole, problem)
+
+
+def layered_pool(num_layers=4, num_pages=4096):
+    """A pool [L*P, K, S, D] of 200 MB, as abstract values: nothing is allocated."""
+    pool = jax.ShapeDtypeStruct((num_layers * num_pages, 3, S, 64), jnp.float32)
+    return pool, num_layers, num_pages
+
+
+@pytest.mark.parametrize("is_ragged", [False, True])
+def test_the_pool_is_never_copied_even_by_a_scan_over_layers(is_ragged):
+    pool, num_layers, num_pages = layered_pool()
+    q = jax.ShapeDtypeStruct((64, 9, 64), jnp.float32)
+    lengths = jax.ShapeDtypeStruct((64,), jnp.int32)
+    table = jax.ShapeDtypeStruct((64, 128), jnp.int32)
+
+    def step(q, k_pages, v_pages, lengths, table):
+        cu_q_lens = jnp.arange(65, dtype=jnp.int32) if is_ragged else None
+
+        def layer(q, i):
+            table_i = table + i * num_pages
+            out = paged_attention(q, k_pages, v_pages, lengths, table_i, cu_q_lens=cu_q_lens)
+            return q + out, None
+
+        return jax.lax.scan(layer, q, jnp.arange(num_layers, dtype=jnp.int32))[0]
+
+    compiled = jax.jit(step).lower(q, pool, pool, lengths, table).compile()
+    analysis = compiled.memory_analysis()
+    pool_bytes = int(np.prod(pool.shape)) * 4
+    assert analysis.temp_size_in_bytes < pool_bytes / 20
+
+
+def test_layers_of_a_pool_are_addressed_by_shifting_the_table():
+    layers = [make_problem((40, 7, 130), seed=seed) for seed in range(3)]
+    num_pages = layers[0].k_pages.shape[0]
+    k_pool = jnp.concatenate([layer.k_pages for layer in layers])
+    v_pool = jnp.concatenate([layer.v_pages for layer in layers])
+    tables = jnp.stack([jnp.asarray(x.page_indices % num_pages) + i * num_pages
+                        for i, x in enumerate(layers)])
+    lengths = jnp.asarray(layers[0].lengths)
+
+    @jax.jit
+    def attend_all(q):
+        def layer(_, x):
+            return None, paged_attention(x[0], k_pool, v_pool, lengths, x[1])
+
+        return jax.lax.scan(layer, None, (q, tables))[1]
+
+    outs = attend_all(jnp.stack([layer.q for layer in layers]))
+    for out, layer in zip(outs, layers, strict=True):
+        assert bits(out) == bits(layer.call(run_xla)[0])
+
+
+def test_none_picks_an_implementation_and_says_which():
+    assert resolve_implementation() == "xla"
+    assert resolve_implementation("reference") == "reference"
+    problem = edges()
+    assert bits(problem.call(paged_attention)) == bits(
+        problem.call(paged_attention, implementation="xla")
+    )
+
+
+def test_an_absent_kernel_names_the_alternative():
+    with pytest.raises(NotImplementedError, match='implementation="xla"'):
+        edges().call(paged_attention, implementation="mosaic_gpu")
+
+
+BAD_ARGUMENTS = {
+    "q without heads": ({"q": jnp.zeros((2, 64))}, r"q.shape=\(2, 64\)"),
+    "other head dim": ({"q": jnp.zeros((2, 4, 32))}, r"q.shape=\(2, 4, 32\) and k_pages"),
+    "heads no multiple": ({"q": jnp.zeros((2, 3, 64))}, "H=3 query heads"),
+    "integer q": ({"q": jnp.zeros((2, 4, 64), jnp.int32)}, "q.dtype=int32"),
+    "pages of other shapes": ({"k_pages": jnp.zeros((2, 2, 16, 64))}, "must both be"),
+    "no pages": (
+        {"k_pages": jnp.zeros((0, 2, 16, 64)), "v_pages": jnp.zeros((0, 2, 16, 64))},
+        "at least one page",
+    ),
+    "pages of other dtypes": ({"dtype of v": jnp.bfloat16}, "must be equal"),
+    "too many queries": ({"q": jnp.zeros((3, 4, 64))}, "give cu_q_lens"),
+    "lengths of rank 2": ({"lengths": np.zeros((2, 1), np.int32)}, r"lengths.shape=\(2, 1\)"),
+    "table of other rows": ({"page_indices": np.zeros((3, 4), np.int32)}, "must be .B=2, M"),
+    "short cu_q_lens": ({"cu_q_lens": np.zeros(2, np.int32)}, r"B \+ 1 = 3"),
+    "float lengths": ({"lengths": np.zeros(2, np.float32)}, "lengths.dtype=float32"),
+    "unknown implementation": ({"implementation": "triton"}, "implementation='triton'"),
+    "negative cap": ({"soft_cap": -1.0}, r"soft_cap=-1\.0"),
+    "no window": ({"sliding_window": 0}, "sliding_window=0"),
+}
+
+
+@pytest.mark.parametrize("change, message", BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS.keys())
+def test_a_wrong_argument_raises_and_shows_its_value(change, message):
+    arguments = vars(make_problem((3, 5)))
+    if "dtype of v" in change:
+        change = {"v_pages": arguments["v_pages"].astype(change["dtype of v"])}
+    arguments = {**arguments, **change}
+    with pytest.raises(ValueError, match=message):
+        paged_attention(**arguments)
