@@ -1,5 +1,6 @@
 """Paged attention: the XLA path against the reference, the reference against NumPy."""
 
+import dataclasses
 import functools
 
 import jax
@@ -30,9 +31,7 @@ run_xla = jax.jit(
     functools.partial(paged_attention, implementation="xla", return_residuals=True),
     static_argnames=("soft_cap", "sliding_window", "sm_scale"),
 )
-reference = functools.partial(
-    paged_attention, implementation="reference", return_residuals=True
-)
+reference = functools.partial(paged_attention, implementation="reference", return_residuals=True)
 
 
 def edges(**shape) -> Problem:
@@ -55,6 +54,17 @@ def check(problem: Problem, **options):
 
 def bits(x) -> bytes:
     return np.asarray(x).tobytes()
+
+
+def take_rows(problem: Problem, rows) -> Problem:
+    """The decode problem of the rows named, in that order, over the same pool."""
+    rows = np.asarray(rows)
+    return dataclasses.replace(
+        problem,
+        q=problem.q[rows],
+        lengths=problem.lengths[rows],
+        page_indices=problem.page_indices[rows],
+    )
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
@@ -98,12 +108,12 @@ def test_xla_agrees_with_the_reference_for_every_shape(make, shape):
 def test_float32_queries_may_read_bfloat16_pages():
     problem = ragged(dtype=jnp.bfloat16)
     q = problem.q.astype(jnp.float32)
-    check(Problem(**{**vars(problem), "q": q}))
+    check(dataclasses.replace(problem, q=q))
 
 
 def test_the_comparison_fails_when_values_are_read_from_the_keys_pages():
     problem = edges()
-    wrong = Problem(**{**vars(problem), "v_pages": problem.k_pages})
+    wrong = dataclasses.replace(problem, v_pages=problem.k_pages)
     out, _ = wrong.call(run_xla)
     with pytest.raises(AssertionError):
         assert_close(out, problem.call(reference)[0], problem)
@@ -126,17 +136,12 @@ def test_empty_rows_and_padding_are_zeros_with_no_weight(implementation):
 def test_two_halves_of_the_cache_merge_into_the_whole():
     whole = make_problem((5 * S, 12 * S + 3, 20 * S))
     cut_pages = np.array([2, 6, 19])
-    head = Problem(**{**vars(whole), "lengths": (cut_pages * S).astype(np.int32)})
+    head = dataclasses.replace(whole, lengths=(cut_pages * S).astype(np.int32))
     tail_table = np.stack(
         [np.roll(row, -cut) for row, cut in zip(whole.page_indices, cut_pages, strict=True)]
     )
-    tail = Problem(
-        **{
-            **vars(whole),
-            "lengths": (whole.lengths - cut_pages * S).astype(np.int32),
-            "page_indices": tail_table,
-        }
-    )
+    tail_lengths = (whole.lengths - cut_pages * S).astype(np.int32)
+    tail = dataclasses.replace(whole, lengths=tail_lengths, page_indices=tail_table)
     parts = [part.call(run_xla) for part in (head, tail)]
     m = jnp.maximum(parts[0][1][0], parts[1][1][0])
     weights = [part_l * jnp.exp(part_m - m) for _, (part_m, part_l) in parts]
@@ -151,15 +156,7 @@ def test_the_order_of_the_rows_changes_no_bit(dtype):
     out, _ = problem.call(run_xla)
     for seed in range(3):
         order = np.random.default_rng(seed).permutation(len(EDGE_LENGTHS))
-        shuffled = Problem(
-            problem.q[order],
-            problem.k_pages,
-            problem.v_pages,
-            problem.lengths[order],
-            problem.page_indices[order],
-            None,
-        )
-        assert bits(shuffled.call(run_xla)[0]) == bits(out[order])
+        assert bits(take_rows(problem, order).call(run_xla)[0]) == bits(out[order])
 
 
 @pytest.mark.parametrize("group", [1, 3, 4])
@@ -168,15 +165,7 @@ def test_a_row_decodes_to_the_same_bits_alone_and_in_company(group):
     problem = make_problem(lengths, num_kv_heads=3, group=group)
     out, (m, l) = problem.call(run_xla)  # noqa: E741
     for row in range(len(lengths)):
-        alone = Problem(
-            problem.q[row : row + 1],
-            problem.k_pages,
-            problem.v_pages,
-            problem.lengths[row : row + 1],
-            problem.page_indices[row : row + 1],
-            None,
-        )
-        got = alone.call(run_xla)
+        got = take_rows(problem, [row]).call(run_xla)
         assert bits(got[0][0]) == bits(out[row])
         assert bits(got[1][0][0]) == bits(m[row]) and bits(got[1][1][0]) == bits(l[row])
 
@@ -184,42 +173,37 @@ def test_a_row_decodes_to_the_same_bits_alone_and_in_company(group):
 def test_a_row_of_a_ragged_step_has_the_same_bits_alone_and_in_company():
     problem = ragged(num_kv_heads=3, group=3)
     out, _ = problem.call(run_xla)
-    cu = problem.cu_q_lens
     for row in np.flatnonzero(problem.q_lens):
-        count = problem.q_lens[row]
-        for num_tokens in (count, count + 13):
-            tokens = np.arange(cu[row], cu[row] + num_tokens) % problem.q.shape[0]
-            alone = Problem(
-                problem.q[tokens],
-                problem.k_pages,
-                problem.v_pages,
-                problem.lengths[row : row + 1],
-                problem.page_indices[row : row + 1],
-                np.array([0, count], np.int32),
-            )
-            assert bits(alone.call(run_xla)[0][:count]) == bits(out[cu[row] : cu[row + 1]])
+        start, end = problem.cu_q_lens[row : row + 2]
+        alone = one_step(problem, row, start, end, problem.lengths[row], num_tokens=128)
+        assert bits(alone.call(run_xla)[0][: end - start]) == bits(out[start:end])
 
 
 def test_a_decode_row_has_the_same_bits_in_a_ragged_step():
     problem = make_problem((5, 130, 40, 300), num_kv_heads=3, group=3)
     out, _ = problem.call(run_xla)
-    as_ragged = Problem(**{**vars(problem), "cu_q_lens": np.arange(5, dtype=np.int32)})
+    as_ragged = dataclasses.replace(problem, cu_q_lens=np.arange(5, dtype=np.int32))
     assert bits(as_ragged.call(run_xla)[0]) == bits(out)
+
+
+def one_step(problem: Problem, row, start, end, length, num_tokens) -> Problem:
+    """Tokens [start, end) of `problem` as the last ones of a lone row, with padding of NaN."""
+    q = jnp.full((num_tokens, *problem.q.shape[1:]), jnp.nan, problem.q.dtype)
+    return dataclasses.replace(
+        problem,
+        q=q.at[: end - start].set(problem.q[start:end]),
+        lengths=np.array([length], np.int32),
+        page_indices=problem.page_indices[row : row + 1],
+        cu_q_lens=np.array([0, end - start], np.int32),
+    )
 
 
 def prefill_in_chunks(problem: Problem, cuts) -> jax.Array:
     """The whole prompt of a one-row problem, computed in steps that end at `cuts`."""
     outs = []
     for start, end in zip((0, *cuts[:-1]), cuts, strict=True):
-        step = Problem(
-            problem.q[start:end],
-            problem.k_pages,
-            problem.v_pages,
-            np.array([end], np.int32),
-            problem.page_indices,
-            np.array([0, end - start], np.int32),
-        )
-        outs.append(step.call(run_xla)[0])
+        step = one_step(problem, 0, start, end, end, num_tokens=cuts[-1])
+        outs.append(step.call(run_xla)[0][: end - start])
     return jnp.concatenate(outs)
 
 
@@ -268,8 +252,9 @@ def test_layers_of_a_pool_are_addressed_by_shifting_the_table():
     num_pages = layers[0].k_pages.shape[0]
     k_pool = jnp.concatenate([layer.k_pages for layer in layers])
     v_pool = jnp.concatenate([layer.v_pages for layer in layers])
-    tables = jnp.stack([jnp.asarray(x.page_indices % num_pages) + i * num_pages
-                        for i, x in enumerate(layers)])
+    tables = jnp.stack(
+        [jnp.asarray(x.page_indices % num_pages) + i * num_pages for i, x in enumerate(layers)]
+    )
     lengths = jnp.asarray(layers[0].lengths)
 
     @jax.jit

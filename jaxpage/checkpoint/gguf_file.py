@@ -1,6 +1,5 @@
 """Reads a GGUF file: its configuration, its vocabulary, its dequantised tensors."""
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,11 +34,7 @@ class GgufFile:
                 f"({path.stat().st_size if path.is_file() else 0} bytes): fetch it again"
             ) from error
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-
-    @functools.cached_property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shapes `[out, in]`, the reverse of the order in which GGUF writes dimensions."""
-        return {
+        self.shapes: Mapping[str, tuple[int, ...]] = {  # GGUF writes dimensions in reverse
             name: tuple(int(dim) for dim in reversed(tensor.shape))
             for name, tensor in self._tensors.items()
         }
@@ -77,10 +72,8 @@ def read_gguf_config(file: GgufFile) -> ModelConfig:
         raise CheckpointError(
             f"{name}: general.architecture={architecture!r} is not supported; use a 'llama'"
         )
-    num_heads, embed_dim = (
-        file.need("llama.attention.head_count"),
-        file.need("llama.embedding_length"),
-    )
+    num_heads = file.need("llama.attention.head_count")
+    embed_dim = file.need("llama.embedding_length")
     if isinstance(num_heads, list) or file.field("llama.expert_count", 0):
         raise CheckpointError(f"{name}: heads that vary by layer and experts are not supported")
     head_dim = file.field("llama.attention.key_length", embed_dim // max(num_heads, 1))

@@ -32,14 +32,18 @@ def read_gguf_tokenizer(file: GgufFile, eos_ids: tuple[int, ...]) -> Tokenizer:
     split = file.field("tokenizer.ggml.pre", "none")
     tokens = file.need("tokenizer.ggml.tokens")
     types = file.field("tokenizer.ggml.token_type") or [1] * len(tokens)
-    merges = [tuple(merge.split(" ", 1)) for merge in file.need("tokenizer.ggml.merges")]
-    core = library.Tokenizer(
-        library.models.BPE(
+    merges = [tuple(merge.split(" ", 1)) for merge in file.field("tokenizer.ggml.merges", ())]
+    try:
+        bpe = library.models.BPE(
             vocab={token: i for i, token in enumerate(tokens)},
             merges=merges,
             ignore_merges=split == "llama-bpe",
         )
-    )
+    except Exception as error:  # the library raises plain Exception
+        raise CheckpointError(
+            f"{file.path.name}: the vocabulary and merges do not fit: {error}; convert it again"
+        ) from error
+    core = library.Tokenizer(bpe)
     core.pre_tokenizer = _pre_tokenizer(split, file.path.name)
     core.decoder = library.decoders.ByteLevel()
 

@@ -46,7 +46,11 @@ def save_model(
         _save_params(partial / _PARAMS, params)
         if tokenizer is not None:
             tokenizer.save(partial)
-        manifest = {"version": _FORMAT_VERSION, "config": dataclasses.asdict(config)}
+        manifest = {
+            "version": _FORMAT_VERSION,
+            "config": dataclasses.asdict(config),
+            "file_bytes": _file_bytes(partial),
+        }
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         try:
             partial.rename(folder)
@@ -69,18 +73,37 @@ def _save_params(folder: Path, params: Params) -> None:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The configuration in a folder that `save_model` wrote."""
+    """The configuration in a folder that `save_model` wrote, all of whose files must be whole."""
     manifest = read_json(folder / _MANIFEST)
     if manifest.get("version") != _FORMAT_VERSION:
         raise CheckpointError(
             f"{folder} has format version {manifest.get('version')}, this program reads "
             f"{_FORMAT_VERSION}; convert the model again"
         )
+    found_bytes = _file_bytes(folder)
+    damaged = [
+        f"{name} ({found_bytes.get(name, 0)} of {num_bytes} bytes)"
+        for name, num_bytes in manifest["file_bytes"].items()
+        if found_bytes.get(name) != num_bytes
+    ]
+    if damaged:
+        raise CheckpointError(
+            f"{folder} is damaged: {', '.join(damaged[:4])}. Delete it and load the model again"
+        )
     config = dict(manifest["config"])
     scaling = config["rope_scaling"]
     config["rope_scaling"] = None if scaling is None else RopeScaling(**scaling)
     config["eos_ids"] = tuple(config["eos_ids"])
     return ModelConfig(**config)
+
+
+def _file_bytes(folder: Path) -> dict[str, int]:
+    """Sizes of all files in a folder, by their path in it."""
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def read_params(folder: Path, config: ModelConfig, dtype: np.dtype, shardings: Params) -> Params:

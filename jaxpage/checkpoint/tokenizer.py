@@ -53,12 +53,12 @@ class Tokenizer:
                 "this model has no chat template; give the prompt as text, or add a "
                 "chat_template.jinja to its folder"
             )
-        template = _compile_template(self.chat_template)
-        return template.render(
-            messages=list(messages),
-            add_generation_prompt=add_generation_prompt,
+        variables = {
+            "messages": list(messages),
+            "add_generation_prompt": add_generation_prompt,
             **self.special_texts,
-        )
+        }
+        return _render(self.chat_template, variables)
 
     def save(self, folder: Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which `read_tokenizer` reads."""
@@ -135,8 +135,8 @@ def _find_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     return template
 
 
-def _compile_template(source: str):
-    """A compiled template in the environment that transformers gives chat templates."""
+def _render(source: str, variables: Mapping[str, Any]) -> str:
+    """A template's text, in the environment that transformers gives chat templates."""
     jinja2 = optional_library("jinja2", "apply a chat template")
     sandbox = optional_library("jinja2.sandbox", "apply a chat template")
 
@@ -152,6 +152,10 @@ def _compile_template(source: str):
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
     try:
-        return environment.from_string(source)
-    except jinja2.TemplateError as error:
+        return environment.from_string(source).render(variables)
+    except jinja2.TemplateSyntaxError as error:
         raise CheckpointError(f"the chat template is not valid jinja: {error}") from error
+    except (jinja2.TemplateError, TypeError) as error:
+        raise CheckpointError(
+            f"the chat template cannot be applied: {error}; each message needs a role and a content"
+        ) from error

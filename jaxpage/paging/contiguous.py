@@ -182,14 +182,16 @@ def release(table: ContiguousTable, rows: jax.Array) -> ContiguousTable:
 def violations(table: ContiguousTable) -> jax.Array:
     """Counts broken invariants, `i32[4]`; a sound table gives zeros.
 
-    1. pages in two runs, or in a run that leaves the pool; 2. tree leaves and nodes that disagree
-    with the runs; 3. runs that are not aligned to their size; 4. lengths out of range.
+    1. pages in two runs, and pages of runs that lie outside the pool; 2. tree leaves and nodes
+    that disagree with the runs; 3. runs that are not aligned to their size; 4. lengths beyond the
+    reservation, or reservations beyond the run.
     """
     P, leaves = table.num_pages, 2**table.height
     pages = jnp.arange(leaves, dtype=jnp.int32)[None, :]
     starts, ends = table.starts, table.starts + table.held_pages
     owners = jnp.sum((pages >= starts[:, None]) & (pages < ends[:, None]), 0, dtype=jnp.int32)
-    misplaced = (owners > 1) | ((owners > 0) & (pages[0] >= P))
+    inside = jnp.maximum(jnp.minimum(ends, P) - jnp.maximum(starts, 0), 0)
+    misplaced = jnp.concatenate([owners[:P] > 1, table.held_pages - inside])
 
     level = ((owners == 0) & (pages[0] < P)).astype(jnp.int32)
     expected = [level]
@@ -201,6 +203,7 @@ def violations(table: ContiguousTable) -> jax.Array:
 
     unaligned = (table.orders >= 0) & (starts % jnp.maximum(table.held_pages, 1) != 0)
     bad_length = (table.lengths < 0) | (table.lengths > table.reserved_tokens)
+    bad_length |= table.reserved_tokens > table.held_pages * table.page_size
     return jnp.stack(
         [jnp.sum(x, dtype=jnp.int32) for x in (misplaced, wrong, unaligned, bad_length)]
     )

@@ -170,7 +170,7 @@ def violations(table: PageTable) -> jax.Array:
 
     1. pages whose reference count is not the number of table entries that name them;
     2. pages that are free and owned, or neither, or twice in the stack;
-    3. entries before a row's last page that name no page, or after it that name one;
+    3. entries up to a row's last page that name no page, or after it that are not `NULL_PAGE`;
     4. pages that a row names twice;
     5. lengths or counts out of range.
     """
@@ -178,6 +178,7 @@ def violations(table: PageTable) -> jax.Array:
     P = table.num_pages
     columns = jnp.arange(pages_per_slot, dtype=jnp.int32)[None, :]
     named = (table.page_indices >= 0) & (table.page_indices < P)
+    held = columns < table.held_pages[:, None]
     entries = jnp.where(named, table.page_indices, P)
     references = jnp.zeros((P,), jnp.int32).at[entries].add(1, mode="drop")
 
@@ -198,7 +199,7 @@ def violations(table: PageTable) -> jax.Array:
         [
             count(references != table.ref_counts),
             count(times_free != (references == 0).astype(jnp.int32)),
-            count(named != (columns < table.held_pages[:, None])),
+            count(jnp.where(held, ~named, table.page_indices != P)),
             count(repeated),
             count(too_long) + count(out_of_range),
         ]

@@ -2,8 +2,8 @@
 
 Rows with one query go through `_decode`, rows with more through `_prefill`; a loop without rows
 makes no trip. Both fold fixed KV chunks into an online softmax in ascending order, in float32, and
-every product has a fixed shape, so that a row's bits depend on that row alone. Only the pages of the
-chunk at hand are gathered: the pool is never copied.
+every product has a fixed shape, so that a row's bits depend on that row alone. Only the pages of
+the chunk at hand are gathered: the pool is never copied.
 """
 
 import functools
@@ -179,23 +179,26 @@ def _read_chunk(cache: Cache, row, chunk, length):
 
     Whatever is not below `length` i32[R] reads as zero, from page 0.
     """
-    _, num_kv_heads, page_size, head_dim = cache.k_pages.shape
-    slot = jnp.arange(cache.chunk_pages, dtype=jnp.int32)[None]
-    slot += chunk[:, None] * cache.chunk_pages
+    num_pages, num_kv_heads, page_size, head_dim = cache.k_pages.shape
+    slot = jnp.arange(cache.chunk_pages, dtype=jnp.int32)[None] + chunk[:, None] * cache.chunk_pages
     page = cache.page_indices.at[row[:, None], slot].get(mode="clip")
-    page = jnp.where(slot * page_size < length[:, None], page, 0)
+    page = jnp.where(slot * page_size < length[:, None], jnp.clip(page, 0, num_pages - 1), 0)
     head = jnp.arange(num_kv_heads, dtype=jnp.int32)
     index = page[:, None, :] * num_kv_heads + head[None, :, None]  # [R, K, pages]
-    position = jnp.arange(cache.chunk_tokens, dtype=jnp.int32)[None]
-    position += chunk[:, None] * cache.chunk_tokens
-    live = (position < length[:, None]).reshape(row.shape[0], 1, cache.chunk_pages, page_size, 1)
+    position = slot[:, :, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)[None, None]
+    mask = -(position < length[:, None, None]).astype(jnp.int32)  # all ones in binary, or zero
+    mask = mask[:, None, :, :, None]  # [R, 1, pages, S, 1]
+    index, mask = lax.optimization_barrier((index, mask))  # or the copy computes them per element
 
     def read(pages):
-        pieces = pages.reshape(-1, page_size, head_dim).at[index].get(mode="clip")
-        pieces = jnp.where(live, pieces.astype(jnp.float32), 0.0)
+        pieces = pages.reshape(-1, page_size, head_dim)
+        pieces = pieces.at[index].get(mode="promise_in_bounds").astype(jnp.float32)
+        # A select would be a branch for each run of D, at three times the cost of this `and`.
+        pieces = lax.bitcast_convert_type(pieces, jnp.int32) & mask
+        pieces = lax.bitcast_convert_type(pieces, jnp.float32)
         return pieces.reshape(row.shape[0], num_kv_heads, cache.chunk_tokens, head_dim)
 
-    return read(cache.k_pages), read(cache.v_pages), position
+    return read(cache.k_pages), read(cache.v_pages), position.reshape(row.shape[0], -1)
 
 
 def _first_visible(position, options: Options):
