@@ -94,7 +94,7 @@ def oracle(problem: Problem, *, sm_scale=None, soft_cap=None, sliding_window=Non
     )
     num_tokens, num_heads, head_dim = q.shape
     page_size, group = k_pages.shape[2], num_heads // k_pages.shape[1]
-    out, m, l = np.zeros_like(q), np.full(q.shape[:2], -np.inf), np.zeros(q.shape[:2])  # noqa: E741
+    out, top, total = np.zeros_like(q), np.full(q.shape[:2], -np.inf), np.zeros(q.shape[:2])
     row_of_token = np.repeat(np.arange(len(problem.lengths)), problem.q_lens)
     seen = problem.token_lengths()
     for token, row in enumerate(row_of_token):
@@ -108,10 +108,10 @@ def oracle(problem: Problem, *, sm_scale=None, soft_cap=None, sliding_window=Non
             v = np.stack([v_pages[page, head // group, slot] for page, slot in keys])
             s = k @ q[token, head] * (head_dim**-0.5 if sm_scale is None else sm_scale)
             s = s if soft_cap is None else soft_cap * np.tanh(s / soft_cap)
-            m[token, head] = s.max()
-            l[token, head] = np.exp(s - s.max()).sum()
-            out[token, head] = np.exp(s - s.max()) @ v / l[token, head]
-    return out, m, l
+            top[token, head] = s.max()
+            total[token, head] = np.exp(s - s.max()).sum()
+            out[token, head] = np.exp(s - s.max()) @ v / total[token, head]
+    return out, top, total
 
 
 def assert_close(got, want, problem: Problem):

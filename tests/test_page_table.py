@@ -1,6 +1,7 @@
 """The page table against an oracle in plain Python, its checker on corrupted tables, the paper's
 worked examples (Figs 6 and 7), and ragged arithmetic against NumPy."""
 
+import dataclasses
 import functools
 
 import hypothesis.strategies as st
@@ -44,8 +45,8 @@ def observe(table: PageTable) -> dict[str, jax.Array]:
     }
 
 
-def i32(values) -> np.ndarray:
-    return np.asarray(values, np.int32)
+def i32(values) -> jax.Array:
+    return jnp.asarray(np.asarray(values, np.int32))
 
 
 def mask(table: PageTable, *rows: int) -> np.ndarray:
@@ -55,7 +56,7 @@ def mask(table: PageTable, *rows: int) -> np.ndarray:
 def with_stack(table: PageTable, *top: int) -> PageTable:
     """A table of empty rows whose next pages are `top`, in this order."""
     rest = [page for page in range(table.num_pages) if page not in top]
-    return table.replace(free_pages=jnp.asarray(i32([*rest, *reversed(top)])))
+    return dataclasses.replace(table, free_pages=i32([*rest, *reversed(top)]))
 
 
 def pages_of(table: PageTable, row: int) -> list[int]:
@@ -399,7 +400,7 @@ def corrupted(**changes) -> PageTable:
         array = np.array(getattr(table, name))
         index, value = change if isinstance(change, tuple) else ((), change)
         array[index] = value
-        table = table.replace(**{name: jnp.asarray(array)})
+        table = dataclasses.replace(table, **{name: jnp.asarray(array)})
     return table
 
 
@@ -464,7 +465,7 @@ def test_any_one_changed_number_breaks_an_invariant(script, field, position, val
     place = np.unravel_index(position % meaningful, array.shape)
     changed = array[place] != value
     array[place] = value
-    counts = violations(table.replace(**{field: jnp.asarray(array)}))
+    counts = violations(dataclasses.replace(table, **{field: jnp.asarray(array)}))
     assert bool(np.any(np.asarray(counts))) == changed
 
 

@@ -27,11 +27,12 @@ OPTIONS = {
     "scale, cap and window": {"sm_scale": 0.3, "soft_cap": 4.0, "sliding_window": 50},
 }
 
-run_xla = jax.jit(
-    functools.partial(paged_attention, implementation="xla", return_residuals=True),
-    static_argnames=("soft_cap", "sliding_window", "sm_scale"),
+run = jax.jit(
+    functools.partial(paged_attention, return_residuals=True),
+    static_argnames=("implementation", "sm_scale", "soft_cap", "sliding_window"),
 )
-reference = functools.partial(paged_attention, implementation="reference", return_residuals=True)
+run_xla = functools.partial(run, implementation="xla")
+run_reference = functools.partial(run, implementation="reference")
 
 
 def edges(**shape) -> Problem:
@@ -44,12 +45,12 @@ def ragged(**shape) -> Problem:
 
 
 def check(problem: Problem, **options):
-    out, (m, l) = problem.call(run_xla, **options)  # noqa: E741
-    want, (want_m, want_l) = problem.call(reference, **options)
+    out, (top, total) = problem.call(run_xla, **options)
+    want, (want_top, want_total) = problem.call(run_reference, **options)
     assert out.dtype == problem.q.dtype
     assert_close(out, want, problem)
-    np.testing.assert_allclose(m, want_m, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(l, want_l, rtol=1e-4)
+    np.testing.assert_allclose(top, want_top, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(total, want_total, rtol=1e-4)
 
 
 def bits(x) -> bytes:
@@ -68,14 +69,18 @@ def take_rows(problem: Problem, rows) -> Problem:
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize("make", [edges, ragged])
-def test_the_reference_agrees_with_numpy_in_float64(make, options):
-    problem = make(head_dim=16)
-    out, (m, l) = problem.call(reference, **options)  # noqa: E741
-    want, want_m, want_l = oracle(problem, **options)
+def test_the_reference_agrees_with_numpy_in_float64(options):
+    problem = ragged(head_dim=16)
+    out, (top, total) = problem.call(run_reference, **options)
+    want, want_top, want_total = oracle(problem, **options)
     assert_close(out, want, problem)
-    np.testing.assert_allclose(m, want_m, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(l, want_l, rtol=1e-4)
+    np.testing.assert_allclose(top, want_top, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(total, want_total, rtol=1e-4)
+
+
+def test_decode_is_a_ragged_step_of_one_query_a_row():
+    problem = edges(head_dim=16)
+    assert_close(problem.call(run_reference)[0], oracle(problem)[0], problem)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
@@ -84,20 +89,22 @@ def test_xla_agrees_with_the_reference_for_every_option(make, options):
     check(make(), **options)
 
 
-@pytest.mark.parametrize("make", [edges, ragged])
 @pytest.mark.parametrize(
-    "shape",
+    "make, shape",
     [
-        {"head_dim": 80, "num_kv_heads": 3, "group": 3},
-        {"head_dim": 128, "num_kv_heads": 1, "group": 8},
-        {"head_dim": 64, "num_kv_heads": 8, "group": 1},
-        {"page_size": 1},
-        {"page_size": 8, "group": 4},
-        {"page_size": 48},
-        {"page_size": 64},
-        {"page_size": 256},
-        {"table_pages": 40},
-        {"dtype": jnp.bfloat16, "num_kv_heads": 3, "group": 3},
+        (edges, {"head_dim": 80, "num_kv_heads": 3, "group": 3}),
+        (edges, {"head_dim": 128, "num_kv_heads": 1, "group": 8}),
+        (edges, {"head_dim": 64, "num_kv_heads": 8, "group": 1}),
+        (edges, {"page_size": 1}),
+        (edges, {"page_size": 8, "group": 4}),
+        (edges, {"page_size": 48}),
+        (edges, {"page_size": 256}),
+        (edges, {"table_pages": 40}),
+        (edges, {"dtype": jnp.bfloat16, "num_kv_heads": 3, "group": 3}),
+        (ragged, {"head_dim": 80, "num_kv_heads": 3, "group": 3}),
+        (ragged, {"page_size": 1}),
+        (ragged, {"page_size": 64, "group": 8}),
+        (ragged, {"dtype": jnp.bfloat16, "num_kv_heads": 1, "head_dim": 128}),
     ],
     ids=str,
 )
@@ -116,21 +123,17 @@ def test_the_comparison_fails_when_values_are_read_from_the_keys_pages():
     wrong = dataclasses.replace(problem, v_pages=problem.k_pages)
     out, _ = wrong.call(run_xla)
     with pytest.raises(AssertionError):
-        assert_close(out, problem.call(reference)[0], problem)
+        assert_close(out, problem.call(run_reference)[0], problem)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_empty_rows_and_padding_are_zeros_with_no_weight(implementation):
     problem = make_problem((0, 20, 0), (0, 3, 0), num_tokens=8)
-    out, (m, l) = problem.call(  # noqa: E741
-        paged_attention, implementation=implementation, return_residuals=True
-    )
-    assert not out[3:].any() and (m[3:] == -jnp.inf).all() and not l[3:].any()
+    out, (top, total) = problem.call(run, implementation=implementation)
+    assert not out[3:].any() and (top[3:] == -jnp.inf).all() and not total[3:].any()
     problem = make_problem((0, 0))
-    out, (m, l) = problem.call(  # noqa: E741
-        paged_attention, implementation=implementation, return_residuals=True
-    )
-    assert not out.any() and (m == -jnp.inf).all() and not l.any()
+    out, (top, total) = problem.call(run, implementation=implementation)
+    assert not out.any() and (top == -jnp.inf).all() and not total.any()
 
 
 def test_two_halves_of_the_cache_merge_into_the_whole():
@@ -147,7 +150,7 @@ def test_two_halves_of_the_cache_merge_into_the_whole():
     weights = [part_l * jnp.exp(part_m - m) for _, (part_m, part_l) in parts]
     merged = sum(out * w[..., None] for (out, _), w in zip(parts, weights, strict=True))
     merged = merged / sum(weights)[..., None]
-    assert_close(merged, whole.call(reference)[0], whole)
+    assert_close(merged, whole.call(run_reference)[0], whole)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
@@ -163,11 +166,11 @@ def test_the_order_of_the_rows_changes_no_bit(dtype):
 def test_a_row_decodes_to_the_same_bits_alone_and_in_company(group):
     lengths = (*EDGE_LENGTHS, 300, 17, 90, 90, 1)
     problem = make_problem(lengths, num_kv_heads=3, group=group)
-    out, (m, l) = problem.call(run_xla)  # noqa: E741
+    out, (top, total) = problem.call(run_xla)
     for row in range(len(lengths)):
         got = take_rows(problem, [row]).call(run_xla)
         assert bits(got[0][0]) == bits(out[row])
-        assert bits(got[1][0][0]) == bits(m[row]) and bits(got[1][1][0]) == bits(l[row])
+        assert bits(got[1][0][0]) == bits(top[row]) and bits(got[1][1][0]) == bits(total[row])
 
 
 def test_a_row_of_a_ragged_step_has_the_same_bits_alone_and_in_company():
@@ -211,7 +214,7 @@ def test_a_prompt_computed_in_chunks_gives_the_same_result():
     length = 5 * TILE + 3
     problem = make_problem((length,), (length,), num_kv_heads=3, group=3)
     whole = prefill_in_chunks(problem, (length,))
-    assert_close(whole, problem.call(reference)[0], problem)
+    assert_close(whole, problem.call(run_reference)[0], problem)
     for cuts in ((2 * TILE, length), (2, TILE + 7, 4 * TILE, length), (40, 80, length)):
         assert bits(prefill_in_chunks(problem, cuts)) == bits(whole)
     with_decode = prefill_in_chunks(problem, (2 * TILE + 5, 2 * TILE + 6, length))

@@ -37,8 +37,7 @@ class Setup:
     attention: AttentionFn
 
 
-@struct.dataclass
-class StepLog:
+class StepLog(struct.PyTreeNode):
     """Records of the steps since the host last read, in a buffer of `log_steps` rows."""
 
     records: StepRecord  # i32[log_steps] each
@@ -46,8 +45,7 @@ class StepLog:
     count: jax.Array  # i32[], rows filled
 
 
-@struct.dataclass
-class EngineState:
+class EngineState(struct.PyTreeNode):
     """The whole of serving, in one pytree."""
 
     scheduler: SchedulerState

@@ -20,8 +20,7 @@ from jaxpage.paging.kv_pool import KvPool
 AttentionFn = Callable[..., jax.Array]
 
 
-@struct.dataclass
-class Batch:
+class Batch(struct.PyTreeNode):
     """`T` tokens of `B` rows, row after row; the last of them may be padding.
 
     Row `b` brings the tokens `cu_q_lens[b]` to `cu_q_lens[b + 1]`, the last of its

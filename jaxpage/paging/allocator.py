@@ -20,8 +20,8 @@ Table = PageTable | ContiguousTable
 
 
 @dataclass(frozen=True)
-class Allocator:
-    """The verbs of one kind of table.
+class Allocator[T]:
+    """The verbs of one kind of table, `T`.
 
     `admit(table, row, known, prompt, final, owed)` readies an empty row for a sequence of which
     `known` tokens are to be computed, `prompt` of them the user's, and that ends with `final`
@@ -30,22 +30,22 @@ class Allocator:
     `fitting(table, order, counts)` says which rows could append `counts` at once if all rows after
     them in `order` gave up their pages: a prefix of the order, `bool[B]`.
     `reserve(prompt, final, max_len)` is how many tokens' memory a sequence needs at its fullest.
+    `grows` says whether it is taken page by page, or all at admission in a buddy's power of two.
     """
 
     name: str
-    create: Callable[[EngineConfig], Table]
-    admit: Callable[..., tuple[Table, jax.Array]]
-    append: Callable[..., tuple[Table, jax.Array]]
-    fitting: Callable[[Table, jax.Array, jax.Array], jax.Array]
-    release: Callable[[Table, jax.Array], Table]
-    violations: Callable[[Table], jax.Array]
+    grows: bool
+    create: Callable[[EngineConfig], T]
+    admit: Callable[..., tuple[T, jax.Array]]
+    append: Callable[..., tuple[T, jax.Array]]
+    fitting: Callable[[T, jax.Array, jax.Array], jax.Array]
+    release: Callable[[T, jax.Array], T]
+    violations: Callable[[T], jax.Array]
     reserve: ReserveFn
 
 
-def _create(module, config: EngineConfig) -> Table:
-    return module.create(
-        config.num_slots, config.pages_per_slot, config.num_pages, config.page_size
-    )
+def _create(create: Callable, config: EngineConfig):
+    return create(config.num_slots, config.pages_per_slot, config.num_pages, config.page_size)
 
 
 def _admit_paged(table: PageTable, row, known, prompt, final, owed):
@@ -63,7 +63,7 @@ def _fitting_paged(table: PageTable, order: jax.Array, counts: jax.Array) -> jax
     return jnp.zeros_like(fits).at[order].set(fits)
 
 
-def _contiguous(name: str, reserve: ReserveFn) -> Allocator:
+def _contiguous(name: str, reserve: ReserveFn) -> Allocator[ContiguousTable]:
     def admit(table: ContiguousTable, row, known, prompt, final, owed):
         del known, owed
         max_len = table.pages_per_slot * table.page_size
@@ -79,7 +79,8 @@ def _contiguous(name: str, reserve: ReserveFn) -> Allocator:
 
     return Allocator(
         name=name,
-        create=partial(_create, contiguous),
+        grows=False,
+        create=partial(_create, contiguous.create),
         admit=admit,
         append=append,
         fitting=fitting,
@@ -89,9 +90,10 @@ def _contiguous(name: str, reserve: ReserveFn) -> Allocator:
     )
 
 
-PAGED = Allocator(
+PAGED: Allocator[PageTable] = Allocator(
     name="paged",
-    create=partial(_create, page_table),
+    grows=True,
+    create=partial(_create, page_table.create),
     admit=_admit_paged,
     append=page_table.append,
     fitting=_fitting_paged,

@@ -48,8 +48,7 @@ def log2_ceil(n: jax.Array) -> jax.Array:
     return 32 - lax.clz(jnp.asarray(n - 1, jnp.int32))
 
 
-@struct.dataclass
-class ContiguousTable:
+class ContiguousTable(struct.PyTreeNode):
     """Runs of pages by sequence, and the buddy tree over the pool.
 
     The tree is a heap of `2 * 2 ** h` nodes, root at 1, leaves the pages (those past `P` are never
@@ -191,7 +190,8 @@ def violations(table: ContiguousTable) -> jax.Array:
     starts, ends = table.starts, table.starts + table.held_pages
     owners = jnp.sum((pages >= starts[:, None]) & (pages < ends[:, None]), 0, dtype=jnp.int32)
     inside = jnp.maximum(jnp.minimum(ends, P) - jnp.maximum(starts, 0), 0)
-    misplaced = jnp.concatenate([owners[:P] > 1, table.held_pages - inside])
+    twice = (owners[:P] > 1).astype(jnp.int32)
+    misplaced = jnp.concatenate([twice, table.held_pages - inside])
 
     level = ((owners == 0) & (pages[0] < P)).astype(jnp.int32)
     expected = [level]

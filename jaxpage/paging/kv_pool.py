@@ -13,8 +13,7 @@ from jax.typing import DTypeLike
 from jaxpage.config import EngineConfig, ModelConfig
 
 
-@struct.dataclass
-class KvPool:
+class KvPool(struct.PyTreeNode):
     """Keys and values of every page; a page means the same tokens in every layer."""
 
     keys: jax.Array  # [L, P, K, S, D]

@@ -13,8 +13,7 @@ from jax import lax
 from jaxpage.paging import ragged, status
 
 
-@struct.dataclass
-class PageTable:
+class PageTable(struct.PyTreeNode):
     """Pages by sequence, reference counts by page, and the stack of free pages.
 
     Row `b` keeps token `i < lengths[b]` in slot `i % S` of page `page_indices[b, i // S]`; entries

@@ -4,8 +4,11 @@ A request keeps its prompt and what it has generated in one row of `tokens`, so 
 one is computed again from there: nothing else has to be saved.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from jaxpage.config import EngineConfig
@@ -19,8 +22,7 @@ NOT_DONE, STOP, LENGTH, ERROR = range(4)
 FINISH_REASONS = ("", "stop", "length", "error")
 
 
-@struct.dataclass
-class Sampling:
+class Sampling(struct.PyTreeNode):
     """How to choose the next token, for each of `n` requests or slots.
 
     `temperature` 0 means greedy; `top_k` 0 and `top_p` 1 mean no cut; `repetition_penalty` 1 means
@@ -34,8 +36,7 @@ class Sampling:
     seed: jax.Array  # u32[n]
 
 
-@struct.dataclass
-class Requests:
+class Requests(struct.PyTreeNode):
     """All requests held, `R` rows; a row is reused once its request is done and read."""
 
     tokens: jax.Array  # i32[R, N], prompt, then output
@@ -53,8 +54,7 @@ class Requests:
     sampling: Sampling  # of R
 
 
-@struct.dataclass
-class SchedulerState:
+class SchedulerState(struct.PyTreeNode):
     """Everything that `plan_step` reads and `commit_step` writes."""
 
     requests: Requests
@@ -110,6 +110,42 @@ def create(config: EngineConfig, allocator: Allocator) -> SchedulerState:
         table=allocator.create(config),
         slots=jnp.full((config.num_slots,), R, jnp.int32),
         step=jnp.asarray(0, jnp.int32),
+    )
+
+
+def waiting_request(
+    prompt_ids: Sequence[int],
+    *,
+    final_len: int,
+    max_len: int,
+    arrival: int,
+    ignore_eos: bool,
+    sampling: Sampling,
+) -> Requests:
+    """One row of `Requests`, without the leading axis: a new request of `final_len` tokens at most.
+
+    `max_len` is `N`, the row's capacity; `sampling` holds scalars.
+    """
+    tokens = np.zeros((max_len,), np.int32)
+    tokens[: len(prompt_ids)] = prompt_ids
+
+    def integer(value: int) -> jax.Array:
+        return jnp.asarray(value, jnp.int32)
+
+    return Requests(
+        tokens=jnp.asarray(tokens),
+        logprobs=jnp.zeros((max_len,), jnp.float32),
+        prompt_lens=integer(len(prompt_ids)),
+        num_tokens=integer(len(prompt_ids)),
+        final_lens=integer(final_len),
+        arrivals=integer(arrival),
+        phases=integer(WAITING),
+        finish_reasons=integer(NOT_DONE),
+        ignore_eos=jnp.asarray(ignore_eos),
+        num_preemptions=integer(0),
+        first_steps=integer(-1),
+        final_steps=integer(-1),
+        sampling=sampling,
     )
 
 

@@ -31,8 +31,7 @@ from jaxpage.scheduling.state import (
 )
 
 
-@struct.dataclass
-class Plan:
+class Plan(struct.PyTreeNode):
     """What a step computes: in slot `b`, the next `counts[b]` tokens of request `requests[b]`.
 
     `lengths` includes them, and `page_indices` holds their pages. Where `samples`, the last of

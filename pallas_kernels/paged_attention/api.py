@@ -85,9 +85,9 @@ def paged_attention(
     if implementation == "reference" and cu_q_lens is None:
         cu_q_lens = jnp.arange(q.shape[0] + 1, dtype=jnp.int32)
     attend = {"reference": reference.attend, "xla": xla.attend}[implementation]
-    out, m, l = attend(q, k_pages, v_pages, lengths, page_indices, cu_q_lens, **options)  # noqa: E741
+    out, *residuals = attend(q, k_pages, v_pages, lengths, page_indices, cu_q_lens, **options)
     out = out.astype(q.dtype)
-    return (out, (m, l)) if return_residuals else out
+    return (out, tuple(residuals)) if return_residuals else out
 
 
 def _check_arrays(q, k_pages, v_pages):

@@ -57,11 +57,11 @@ def attend(q, k_pages, v_pages, lengths, page_indices, cu_q_lens, *, sm_scale, s
     s = jnp.where(seen[:, None, None], s, -jnp.inf)
     m = s.max(axis=-1)
     p = jnp.where(seen[:, None, None], jnp.exp(s - m[..., None]), 0.0)
-    l = p.sum(axis=-1)  # noqa: E741
+    total = p.sum(axis=-1)
     out = jnp.einsum("tkgj,tkjd->tkgd", p, read(v_pages), precision="highest")
-    out = out / jnp.where(l > 0, l, 1.0)[..., None]
+    out = out / jnp.where(total > 0, total, 1.0)[..., None]
     return (
         out.reshape(num_tokens, num_heads, head_dim),
         m.reshape(num_tokens, num_heads),
-        l.reshape(num_tokens, num_heads),
+        total.reshape(num_tokens, num_heads),
     )

@@ -20,11 +20,11 @@ LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 class Softmax(NamedTuple):
-    """A softmax under way: `out` is not yet divided by `l`."""
+    """A softmax under way: `out` is not yet divided by `sum`."""
 
-    m: jax.Array  # f32[..]     largest score so far
-    l: jax.Array  # f32[..]     sum of exp(score - m)
-    out: jax.Array  # f32[.., D]  sum of exp(score - m) * value
+    max: jax.Array  # f32[..]     largest score so far
+    sum: jax.Array  # f32[..]     sum of exp(score - max)
+    out: jax.Array  # f32[.., D]  sum of exp(score - max) * value
 
 
 class Cache(NamedTuple):
@@ -59,9 +59,9 @@ def attend(q, k_pages, v_pages, lengths, page_indices, cu_q_lens, *, sm_scale, s
         result = _decode(q, cache, lengths, options)
     else:
         result = _ragged(q, cache, lengths, cu_q_lens, options)
-    m, l, out = (x.reshape(num_tokens, num_heads, *x.shape[3:]) for x in result)  # noqa: E741
-    out = out / jnp.where(l > 0, l, 1.0)[..., None]
-    return out, jnp.where(l > 0, m, -jnp.inf), l
+    top, total, out = (x.reshape(num_tokens, num_heads, *x.shape[3:]) for x in result)
+    out = out / jnp.where(total > 0, total, 1.0)[..., None]
+    return out, jnp.where(total > 0, top, -jnp.inf), total
 
 
 def _ragged(q, cache: Cache, lengths, cu_q_lens, options) -> Softmax:
@@ -221,15 +221,15 @@ def _scores(products, live, options: Options):
 
 
 def _start(shape) -> Softmax:
-    """The softmax over nothing for queries of `shape` [.., D]; a finite m keeps exp(m - m) sane."""
+    """The softmax over nothing for queries of `shape` [.., D]; a finite max keeps exp sane."""
     zeros = jnp.zeros(shape[:-1], jnp.float32)
-    return Softmax(m=zeros + LOWEST, l=zeros, out=jnp.zeros(shape, jnp.float32))
+    return Softmax(zeros + LOWEST, zeros, jnp.zeros(shape, jnp.float32))
 
 
 def _fold(state: Softmax, s, v, subscripts: str) -> Softmax:
     """Adds one chunk with scores `s` [.., C] and values `v`; all -inf scores change nothing."""
-    m = jnp.maximum(state.m, s.max(axis=-1))
-    p = jnp.exp(s - m[..., None])
-    decay = jnp.exp(state.m - m)
+    top = jnp.maximum(state.max, s.max(axis=-1))
+    p = jnp.exp(s - top[..., None])
+    decay = jnp.exp(state.max - top)
     out = state.out * decay[..., None] + jnp.einsum(subscripts, p, v)
-    return Softmax(m, state.l * decay + p.sum(axis=-1), out)
+    return Softmax(top, state.sum * decay + p.sum(axis=-1), out)

@@ -1,0 +1,288 @@
+"""The impure edge: feeds requests to the compiled loop, and reads what it has to say.
+
+Everything with a clock, a queue of Python objects or a callback is here; nothing here decides
+what runs. Between two calls of the loop the host reads the log and the phases of the requests,
+and nothing else unless a request has ended or somebody listens to its tokens.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxpage.config import ConfigError
+from jaxpage.engine import loop, step
+from jaxpage.engine.step import Setup
+from jaxpage.model.params import Params
+from jaxpage.paging.page_table import num_pages_for
+from jaxpage.scheduling.accounting import StepRecord
+from jaxpage.scheduling.state import DONE, FINISH_REASONS, Requests, Sampling, waiting_request
+
+TokenFn = Callable[[str, list[int]], None]  # (request id, its new tokens)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for. `temperature` 0 is greedy; see `scheduling.state.Sampling`."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    ignore_eos: bool = False
+    arrival_s: float = 0.0  # after the start of serving
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a request. Times are seconds after the start of serving."""
+
+    request: Request
+    output_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: str = "error"
+    error: str | None = None
+    num_preemptions: int = 0
+    first_token_s: float = float("nan")
+    finish_s: float = float("nan")
+
+    @property
+    def latency_s(self) -> float:
+        """From arrival to the last token."""
+        return self.finish_s - self.request.arrival_s
+
+    @property
+    def normalized_latency_s(self) -> float:
+        """Latency by output token, s/token: the paper's metric (its section 6.1)."""
+        return self.latency_s / max(len(self.output_ids), 1)
+
+
+@dataclass
+class Journal:
+    """What serving left behind: one entry a step, and the costs of the host edge."""
+
+    records: list[dict[str, int]] = field(default_factory=list)
+    owners: list[np.ndarray] = field(default_factory=list)  # i32[P] a step, if recorded
+    request_ids: dict[int, str] = field(default_factory=dict)  # row of the queue -> request
+    step_times_s: list[float] = field(default_factory=list)  # when a step was over, interpolated
+    num_host_reads: int = 0
+    wall_s: float = 0.0
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.records)
+
+    def mean(self, name: str) -> float:
+        """Mean of a field of `StepRecord` over the steps."""
+        return float(np.mean([record[name] for record in self.records])) if self.records else 0.0
+
+
+class Engine:
+    """A compiled engine with its state. One `serve` at a time; state stays between calls."""
+
+    def __init__(self, params: Params, setup: Setup, kv_dtype: DTypeLike):
+        self.setup = setup
+        self._params = params
+        # Committed to its device like the parameters: else the second call would compile again.
+        device = next(iter(jax.tree.leaves(params)[0].devices()))
+        self._state = jax.device_put(step.create(setup, kv_dtype), device)
+        self._num_submitted = 0
+
+    def compile(self) -> float:
+        """Compiles all that serving needs and returns the seconds that it took."""
+        start_s = time.perf_counter()
+        request = self._request_row(Request("", (0,), 1))
+        state = loop.submit(self._state, np.int32(0), request)
+        state = loop.forget(state, np.int32(0))
+        self._state = loop.serve_steps(self._params, state, np.int32(0), setup=self.setup)
+        jax.block_until_ready(self._state)
+        return time.perf_counter() - start_s
+
+    def refusal(self, request: Request) -> str | None:
+        """Why this request cannot be served, in a sentence with the remedy; None if it can."""
+        config, model = self.setup.engine, self.setup.model
+        prompt_len, new = len(request.prompt_ids), request.max_new_tokens
+        final_len = prompt_len + new
+        if prompt_len == 0:
+            return "the prompt is empty: give at least one token"
+        if new <= 0:
+            return f"max_new_tokens={new} must be at least 1"
+        for token in request.prompt_ids:
+            if not 0 <= token < model.vocab_size:
+                return f"prompt token {token} is outside the vocabulary [0, {model.vocab_size})"
+        limit = min(config.max_seq_len, model.max_position)
+        if final_len > limit:
+            return (
+                f"prompt of {prompt_len} tokens + max_new_tokens={new} is {final_len}, more than "
+                f"a slot's {limit}: shorten one of them or raise pages_per_slot"
+            )
+        if not 0 <= request.seed < 2**32:
+            return f"seed={request.seed} must be in [0, 2**32)"
+        refused = {
+            "temperature": not request.temperature >= 0,
+            "top_k": request.top_k < 0,
+            "top_p": not 0 < request.top_p <= 1,
+            "repetition_penalty": not request.repetition_penalty > 0,
+        }
+        for name, is_refused in refused.items():
+            if is_refused:
+                return f"{name}={getattr(request, name)} is out of range"
+        needed = self._pages_at_most(prompt_len, final_len)
+        if needed > config.num_pages:
+            return (
+                f"the request needs {needed} pages at once and the pool has {config.num_pages}: "
+                "raise the KV budget or shorten the request"
+            )
+        return None
+
+    def serve(
+        self,
+        requests: Iterable[Request],
+        *,
+        steps_per_read: int | None = None,
+        on_tokens: TokenFn | None = None,
+        on_progress: Callable[[Journal, int], None] | None = None,
+    ) -> tuple[list[Result], Journal]:
+        """Serves all requests, in the order of their arrival, and returns results in that given.
+
+        Args:
+          requests: refused ones (`refusal`) get a result with the reason, the rest are served.
+          steps_per_read: steps between two looks of the host; `log_steps` is the most and default.
+          on_tokens: is told of new tokens of each request after each look.
+          on_progress: is given the journal and the number of results so far after each look.
+        """
+        requests = list(requests)
+        results: dict[str, Result] = {}
+        for request in requests:
+            if request.id in results:
+                raise ConfigError(f"request id {request.id!r} occurs twice: ids must be distinct")
+            refusal = self.refusal(request)
+            results[request.id] = Result(request, error=refusal)
+        accepted = (r for r in requests if results[r.id].error is None)
+        run = _Run(
+            waiting=deque(sorted(accepted, key=lambda r: r.arrival_s)),
+            free_rows=list(range(self.setup.engine.num_requests - 1, -1, -1)),
+        )
+        steps = np.int32(steps_per_read or self.setup.engine.log_steps)
+        start_s = time.perf_counter()
+        while run.waiting or run.active:
+            self._feed(run, time.perf_counter() - start_s)
+            if not run.active:
+                time.sleep(max(run.waiting[0].arrival_s - (time.perf_counter() - start_s), 0.0))
+                continue
+            before_s = time.perf_counter() - start_s
+            self._state = loop.serve_steps(self._params, self._state, steps, setup=self.setup)
+            self._read_log(run.journal, before_s, start_s)
+            self._read_requests(run, results, on_tokens)
+            if on_progress is not None:
+                on_progress(run.journal, len(requests) - len(run.waiting) - len(run.active))
+        run.journal.wall_s = time.perf_counter() - start_s
+        return [results[request.id] for request in requests], run.journal
+
+    def _pages_at_most(self, prompt_len: int, final_len: int) -> int:
+        """Pages that one sequence will hold at once, whole buddies for the contiguous."""
+        config, allocator = self.setup.engine, self.setup.allocator
+        tokens = allocator.reserve(np.int32(prompt_len), np.int32(final_len), config.max_seq_len)
+        pages = int(num_pages_for(np.asarray(tokens), config.page_size))
+        return pages if allocator.grows else 1 << (pages - 1).bit_length()
+
+    def _feed(self, run: "_Run", now_s: float) -> None:
+        """Submits the requests that have arrived, as far as the queue has rows."""
+        while run.waiting and run.free_rows and run.waiting[0].arrival_s <= now_s:
+            request, row = run.waiting.popleft(), run.free_rows.pop()
+            self._state = loop.submit(self._state, np.int32(row), self._request_row(request))
+            self._num_submitted += 1
+            run.active[row] = request
+            run.told[row] = len(request.prompt_ids)
+            run.journal.request_ids[row] = request.id
+
+    def _request_row(self, request: Request) -> Requests:
+        return waiting_request(
+            request.prompt_ids,
+            final_len=len(request.prompt_ids) + request.max_new_tokens,
+            max_len=self.setup.engine.max_seq_len,
+            arrival=self._num_submitted,
+            ignore_eos=request.ignore_eos,
+            sampling=Sampling(
+                temperature=jnp.float32(request.temperature),
+                top_k=jnp.int32(request.top_k),
+                top_p=jnp.float32(request.top_p),
+                repetition_penalty=jnp.float32(request.repetition_penalty),
+                seed=jnp.uint32(request.seed),
+            ),
+        )
+
+    def _read_log(self, journal: Journal, before_s: float, start_s: float) -> None:
+        log = self._state.log
+        count = int(log.count)  # waits for the device
+        after_s = time.perf_counter() - start_s
+        columns = {name: np.array(getattr(log.records, name)) for name in StepRecord._fields}
+        for i in range(count):
+            journal.records.append({name: int(column[i]) for name, column in columns.items()})
+            journal.step_times_s.append(before_s + (after_s - before_s) * (i + 1) / count)
+        if self.setup.engine.record_page_map:
+            journal.owners.extend(np.array(log.owners[:count]))
+        journal.num_host_reads += 1
+
+    def _read_requests(
+        self, run: "_Run", results: dict[str, Result], on_tokens: TokenFn | None
+    ) -> None:
+        """Collects the requests that ended and frees their rows; tells listeners of new tokens."""
+        held = self._state.scheduler.requests
+        phases = np.array(held.phases)
+        ended = [row for row in run.active if phases[row] == DONE]
+        if not ended and on_tokens is None:
+            return
+        known = jax.tree.map(np.array, held)
+        for row, request in run.active.items():
+            new = known.tokens[row, run.told[row] : known.num_tokens[row]].tolist()
+            run.told[row] = int(known.num_tokens[row])
+            if on_tokens is not None and new:
+                on_tokens(request.id, new)
+        for row in ended:
+            request = run.active.pop(row)
+            results[request.id] = _result(request, row, known, run.journal)
+            self._state = loop.forget(self._state, np.int32(row))
+            run.free_rows.append(row)
+
+
+@dataclass
+class _Run:
+    """The host's side of one `serve`."""
+
+    waiting: deque[Request]
+    free_rows: list[int]
+    active: dict[int, Request] = field(default_factory=dict)  # by row of the queue
+    told: dict[int, int] = field(default_factory=dict)  # tokens already read, by row
+    journal: Journal = field(default_factory=Journal)
+
+
+def _result(request: Request, row: int, known: Requests, journal: Journal) -> Result:
+    reason = FINISH_REASONS[known.finish_reasons[row]]
+    output = slice(len(request.prompt_ids), int(known.num_tokens[row]))
+    # The journal starts at this run's first step, which need not be the state's.
+    origin = journal.records[0]["step"]
+
+    def time_of(steps: jax.Array) -> float:
+        index = int(steps[row])
+        return journal.step_times_s[index - origin] if index >= 0 else float("nan")
+
+    return Result(
+        request=request,
+        output_ids=known.tokens[row, output].tolist(),
+        logprobs=known.logprobs[row, output].tolist(),
+        finish_reason=reason,
+        error="the model gave logits that are not finite" if reason == "error" else None,
+        num_preemptions=int(known.num_preemptions[row]),
+        first_token_s=time_of(known.first_steps),
+        finish_s=time_of(known.final_steps),
+    )

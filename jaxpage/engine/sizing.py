@@ -1,0 +1,65 @@
+"""Capacities from what a user knows: a budget in bytes, the longest request, how many at once."""
+
+from jax.typing import DTypeLike
+
+from jaxpage.config import EngineConfig, ModelConfig, require
+from jaxpage.paging.kv_pool import num_pages_in
+
+PREFILL_TOKENS = 512  # a step of this size runs the products at their full rate on CPUs
+
+
+def token_buckets(num_slots: int, max_seq_len: int) -> tuple[int, ...]:
+    """Step sizes: few running, all running, a little prompt, much prompt.
+
+    A bucket beyond what all slots could ever bring at once is left out.
+    """
+    largest = max(num_slots, min(PREFILL_TOKENS, num_slots * max_seq_len))
+    sizes = {max(num_slots // 4, 1), num_slots, min(4 * num_slots, largest), largest}
+    return tuple(sorted(sizes))
+
+
+def engine_config(
+    model: ModelConfig,
+    *,
+    max_seq_len: int,
+    num_slots: int,
+    num_requests: int,
+    page_size: int,
+    kv_dtype: DTypeLike,
+    num_pages: int | None = None,
+    kv_bytes: int | None = None,
+    batch_invariant: bool = False,
+    record_page_map: bool = False,
+) -> EngineConfig:
+    """The configuration for sequences of at most `max_seq_len` tokens.
+
+    The pool has `num_pages` pages or what `kv_bytes` bytes hold; by default enough for every slot
+    to be full, so that nothing is ever preempted.
+
+    Raises:
+      ConfigError: the budget holds no page, or a number is out of range.
+    """
+    require(page_size > 0, f"page_size={page_size} must be positive")
+    require(num_slots > 0, f"num_slots={num_slots} must be positive")
+    pages_per_slot = -(-max_seq_len // page_size)
+    if kv_bytes is not None:
+        require(num_pages is None, "give num_pages or kv_bytes, not both")
+        num_pages = num_pages_in(kv_bytes, model, page_size, kv_dtype)
+        require(
+            num_pages > 0,
+            f"kv_bytes={kv_bytes} is less than one page of {page_size} tokens "
+            f"({model.kv_bytes_per_token(kv_dtype) * page_size} bytes): raise it",
+        )
+    if num_pages is None:
+        num_pages = num_slots * pages_per_slot
+    buckets = token_buckets(num_slots, pages_per_slot * page_size)
+    return EngineConfig(
+        num_slots=num_slots,
+        num_pages=num_pages,
+        page_size=page_size,
+        pages_per_slot=pages_per_slot,
+        num_requests=num_requests,
+        token_buckets=buckets[-1:] if batch_invariant else buckets,
+        record_page_map=record_page_map,
+        batch_invariant=batch_invariant,
+    )
