@@ -99,11 +99,11 @@ class EngineConfig:
             require(value > 0, f"{field}={value} must be positive")
         buckets = self.token_buckets
         require(
-            len(buckets) > 0 and list(buckets) == sorted(set(buckets)) and buckets[0] > 0,
+            len(buckets) > 0 and min(buckets) > 0 and list(buckets) == sorted(set(buckets)),
             f"token_buckets={buckets} must be positive, ascending and distinct",
         )
         require(
-            buckets[-1] >= self.num_slots,
+            max(buckets) >= self.num_slots,
             f"token_buckets={buckets}: the last must be at least num_slots={self.num_slots}, "
             "so that every running sequence can decode in one step",
         )

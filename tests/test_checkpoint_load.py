@@ -89,10 +89,16 @@ def test_a_folder_of_another_version_is_refused(tmp_path):
 def test_saving_never_overwrites_something_else(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
-    with pytest.raises(CheckpointError, match="choose another"):
+    with pytest.raises(CheckpointError, match="Choose another place"):
         saved(tmp_path / "mine")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "dear"
+
+
+def test_an_unwritable_place_is_an_error_with_its_remedy(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="JAXPAGE_CACHE"):
+        saved(tmp_path / "file" / "mine")
 
 
 def test_the_tiny_preset_has_random_parameters_and_no_tokenizer():

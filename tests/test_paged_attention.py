@@ -106,10 +106,25 @@ def test_xla_agrees_with_the_reference_for_every_option(make, options):
         (ragged, {"page_size": 64, "group": 8}),
         (ragged, {"dtype": jnp.bfloat16, "num_kv_heads": 1, "head_dim": 128}),
     ],
-    ids=str,
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_xla_agrees_with_the_reference_for_every_shape(make, shape):
     check(make(**shape))
+
+
+def test_pages_that_the_window_has_left_may_be_freed():
+    window, lengths, q_lens = 20, (300, 150), (1, 5)
+    problem = make_problem(lengths, q_lens)
+    want = problem.call(run_xla, sliding_window=window)
+    table, k_pages, v_pages = problem.page_indices.copy(), problem.k_pages, problem.v_pages
+    for row in range(2):
+        left = (lengths[row] - q_lens[row] + 1 - window) // S
+        k_pages = k_pages.at[table[row, :left]].set(jnp.nan)
+        v_pages = v_pages.at[table[row, :left]].set(jnp.nan)
+        table[row, : left - 1] = -5
+    freed = dataclasses.replace(problem, k_pages=k_pages, v_pages=v_pages, page_indices=table)
+    assert bits(freed.call(run_xla, sliding_window=window)[0]) == bits(want[0])
+    assert_close(freed.call(run_reference, sliding_window=window)[0], want[0], problem)
 
 
 def test_float32_queries_may_read_bfloat16_pages():
@@ -148,8 +163,9 @@ def test_two_halves_of_the_cache_merge_into_the_whole():
     parts = [part.call(run_xla) for part in (head, tail)]
     m = jnp.maximum(parts[0][1][0], parts[1][1][0])
     weights = [part_l * jnp.exp(part_m - m) for _, (part_m, part_l) in parts]
-    merged = sum(out * w[..., None] for (out, _), w in zip(parts, weights, strict=True))
-    merged = merged / sum(weights)[..., None]
+    shares = [w / (weights[0] + weights[1]) for w in weights]
+    outs = [out * share[..., None] for (out, _), share in zip(parts, shares, strict=True)]
+    merged = outs[0] + outs[1]
     assert_close(merged, whole.call(run_reference)[0], whole)
 
 
@@ -177,7 +193,8 @@ def test_a_row_of_a_ragged_step_has_the_same_bits_alone_and_in_company():
     problem = ragged(num_kv_heads=3, group=3)
     out, _ = problem.call(run_xla)
     for row in np.flatnonzero(problem.q_lens):
-        start, end = problem.cu_q_lens[row : row + 2]
+        end = problem.q_lens[: row + 1].sum()
+        start = end - problem.q_lens[row]
         alone = one_step(problem, row, start, end, problem.lengths[row], num_tokens=128)
         assert bits(alone.call(run_xla)[0][: end - start]) == bits(out[start:end])
 
@@ -246,6 +263,7 @@ def test_the_pool_is_never_copied_even_by_a_scan_over_layers(is_ragged):
 
     compiled = jax.jit(step).lower(q, pool, pool, lengths, table).compile()
     analysis = compiled.memory_analysis()
+    assert analysis is not None
     pool_bytes = int(np.prod(pool.shape)) * 4
     assert analysis.temp_size_in_bytes < pool_bytes / 20
 

@@ -39,10 +39,9 @@ def save_model(
     Everything is written beside it and renamed at the end. If another process has written the
     same folder meanwhile, that one stays.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    partial.mkdir()
     try:
+        partial.mkdir(parents=True)
         _save_params(partial / _PARAMS, params)
         if tokenizer is not None:
             tokenizer.save(partial)
@@ -52,13 +51,13 @@ def save_model(
             "file_bytes": _file_bytes(partial),
         }
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        try:
-            partial.rename(folder)
-        except OSError as error:
-            if not is_model_folder(folder):
-                raise CheckpointError(
-                    f"{folder} cannot be written: {error}. Delete it, or choose another"
-                ) from error
+        partial.rename(folder)
+    except OSError as error:
+        if not is_model_folder(folder):
+            raise CheckpointError(
+                f"{folder} cannot be written: {error}. Choose another place (for the cache: "
+                "JAXPAGE_CACHE), or free this one"
+            ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -66,10 +65,11 @@ def save_model(
 def _save_params(folder: Path, params: Params) -> None:
     import orbax.checkpoint as ocp
 
-    # Uncompressed: restoring takes half the time.
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False)
-    with _quiet(), ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(folder.resolve(), args=ocp.args.PyTreeSave(params))
+    with _quiet():
+        # Uncompressed: restoring takes half the time.
+        handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(folder.resolve(), args=ocp.args.PyTreeSave(params))
 
 
 def read_config(folder: Path) -> ModelConfig:

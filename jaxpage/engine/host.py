@@ -101,9 +101,9 @@ class Engine:
         """Compiles all that serving needs and returns the seconds that it took."""
         start_s = time.perf_counter()
         request = self._request_row(Request("", (0,), 1))
-        state = loop.submit(self._state, np.int32(0), request)
-        state = loop.forget(state, np.int32(0))
-        self._state = loop.serve_steps(self._params, state, np.int32(0), setup=self.setup)
+        state = loop.submit(self._state, jnp.int32(0), request)
+        state = loop.forget(state, jnp.int32(0))
+        self._state = loop.serve_steps(self._params, state, jnp.int32(0), setup=self.setup)
         jax.block_until_ready(self._state)
         return time.perf_counter() - start_s
 
@@ -172,7 +172,7 @@ class Engine:
             waiting=deque(sorted(accepted, key=lambda r: r.arrival_s)),
             free_rows=list(range(self.setup.engine.num_requests - 1, -1, -1)),
         )
-        steps = np.int32(steps_per_read or self.setup.engine.log_steps)
+        steps = jnp.int32(steps_per_read or self.setup.engine.log_steps)
         start_s = time.perf_counter()
         while run.waiting or run.active:
             self._feed(run, time.perf_counter() - start_s)
@@ -191,15 +191,15 @@ class Engine:
     def _pages_at_most(self, prompt_len: int, final_len: int) -> int:
         """Pages that one sequence will hold at once, whole buddies for the contiguous."""
         config, allocator = self.setup.engine, self.setup.allocator
-        tokens = allocator.reserve(np.int32(prompt_len), np.int32(final_len), config.max_seq_len)
-        pages = int(num_pages_for(np.asarray(tokens), config.page_size))
+        tokens = allocator.reserve(jnp.int32(prompt_len), jnp.int32(final_len), config.max_seq_len)
+        pages = int(num_pages_for(tokens, config.page_size))
         return pages if allocator.grows else 1 << (pages - 1).bit_length()
 
     def _feed(self, run: "_Run", now_s: float) -> None:
         """Submits the requests that have arrived, as far as the queue has rows."""
         while run.waiting and run.free_rows and run.waiting[0].arrival_s <= now_s:
             request, row = run.waiting.popleft(), run.free_rows.pop()
-            self._state = loop.submit(self._state, np.int32(row), self._request_row(request))
+            self._state = loop.submit(self._state, jnp.int32(row), self._request_row(request))
             self._num_submitted += 1
             run.active[row] = request
             run.told[row] = len(request.prompt_ids)
@@ -251,7 +251,7 @@ class Engine:
         for row in ended:
             request = run.active.pop(row)
             results[request.id] = _result(request, row, known, run.journal)
-            self._state = loop.forget(self._state, np.int32(row))
+            self._state = loop.forget(self._state, jnp.int32(row))
             run.free_rows.append(row)
 
 

@@ -30,11 +30,12 @@ def engine_config(
     kv_bytes: int | None = None,
     batch_invariant: bool = False,
     record_page_map: bool = False,
+    pool_factor: int = 1,
 ) -> EngineConfig:
     """The configuration for sequences of at most `max_seq_len` tokens.
 
     The pool has `num_pages` pages or what `kv_bytes` bytes hold; by default enough for every slot
-    to be full, so that nothing is ever preempted.
+    to be full, so that nothing is ever preempted. `pool_factor` multiplies it, for experiments.
 
     Raises:
       ConfigError: the budget holds no page, or a number is out of range.
@@ -55,7 +56,7 @@ def engine_config(
     buckets = token_buckets(num_slots, pages_per_slot * page_size)
     return EngineConfig(
         num_slots=num_slots,
-        num_pages=num_pages,
+        num_pages=num_pages * pool_factor,
         page_size=page_size,
         pages_per_slot=pages_per_slot,
         num_requests=num_requests,

@@ -5,6 +5,7 @@ angles, softmax and logits are float32. Keys and values are rounded to the pool'
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -41,30 +42,33 @@ def forward(
 ) -> tuple[jax.Array, KvPool]:
     """Runs all layers, writing the batch's keys and values on the way.
 
-    Returns the normalized last states `[T, E]` and the pool. `params["layers"]` is the
-    stacked dict, which is scanned, or a tuple of one dict a layer, which is unrolled.
+    Returns the normalized last states `[T, E]` and the pool. A leaf of `params["layers"]` is
+    stacked on its first axis, or a tuple with one array a layer (see `_project_layer`).
     """
-    x = params["embed"][batch.tokens]
     rope = rope_angles(batch.positions, config)
+    weights = params["layers"]
 
-    def layer(carry, weights_and_index):
+    def layer(index: jax.Array, carry: tuple[jax.Array, KvPool]) -> tuple[jax.Array, KvPool]:
         x, pool = carry
-        weights, index = weights_and_index
-        h = rms_norm(x, weights["attn_norm"], config.norm_eps)
-        q, k, v = _qkv(h, weights["qkv"])
+        h = rms_norm(x, weights["attn_norm"][index], config.norm_eps)
+        qkv = _project_layer(h, weights["qkv"], index)  # [T, K, G + 2, D]
+        q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
+        q = q.reshape(q.shape[0], config.num_heads, config.head_dim)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         pool = kv_pool.write(pool, index, k, v, batch.pages, batch.offsets)
         keys, values, page_indices = kv_pool.pages_of_layer(pool, index, batch.page_indices)
         attended = attention(
             q, keys, values, batch.lengths, page_indices, cu_q_lens=batch.cu_q_lens
         )
-        x = x + _project(attended, weights["out"], num_contracted=3)
-        h = rms_norm(x, weights["mlp_norm"], config.norm_eps)
-        gate_up = _project(h, weights["gate_up"])
+        attended = attended.reshape(-1, *weights["out"][0].shape[-3:])  # [T, K, G, D]
+        x = x + _project_layer(attended, weights["out"], index)
+        h = rms_norm(x, weights["mlp_norm"][index], config.norm_eps)
+        gate_up = _project_layer(h, weights["gate_up"], index)  # [T, 2, F]
         h = jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]
-        return (x + _project(h, weights["down"]), pool), None
+        return x + _project_layer(h, weights["down"], index), pool
 
-    x, pool = _over_layers(layer, (x, pool), params["layers"])
+    x = params["embed"][batch.tokens]
+    x, pool = lax.fori_loop(0, config.num_layers, layer, (x, pool))
     return rms_norm(x, params["final_norm"], config.norm_eps), pool
 
 
@@ -72,18 +76,6 @@ def logits(params: Params, x: jax.Array) -> jax.Array:
     """Next-token logits of states `[n, E]`, `f32[n, V]`."""
     head = params["head"] if "head" in params else params["embed"]
     return _project(x, head).astype(jnp.float32)
-
-
-def unstack_layers(params: Params) -> Params:
-    """The same parameters with a dict a layer, so that no product must first cut out its weights.
-
-    A scan over stacked weights copies each layer's on the CPU, a fifth of a small batch's step.
-    """
-    layers = params["layers"]
-    num_layers = jax.tree.leaves(layers)[0].shape[0]
-    names = layers.keys()
-    split = ({name: layers[name][i] for name in names} for i in range(num_layers))
-    return {**params, "layers": tuple(split)}
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -120,28 +112,24 @@ def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     return rotated.astype(x.dtype)
 
 
-def _qkv(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries `[T, H, D]`, keys and values `[T, K, D]` from `weight: [K, G + 2, D, E]`."""
-    K, G, D = weight.shape[0], weight.shape[1] - 2, weight.shape[2]
-    fused = _project(x, weight)
-    return fused[:, :, :G].reshape(-1, K * G, D), fused[:, :, G], fused[:, :, G + 1]
-
-
-def _project(x: jax.Array, weight: jax.Array, num_contracted: int = 1) -> jax.Array:
-    """`x` times `weight: [out..., in...]`, of which the last `num_contracted` axes are in."""
-    num_out = weight.ndim - num_contracted
+def _project(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """`x: [n, in...]` times `weight: [out..., in...]`, as one product of matrices."""
+    num_out = weight.ndim - (x.ndim - 1)
     out_shape = weight.shape[:num_out]
     x = x.reshape(x.shape[0], -1)
-    weight = weight.reshape(-1, x.shape[1])
-    product = lax.dot_general(x, weight, (((1,), (1,)), ((), ())))
+    product = lax.dot_general(x, weight.reshape(-1, x.shape[1]), (((1,), (1,)), ((), ())))
     return product.reshape(-1, *out_shape)
 
 
-def _over_layers(layer, carry, layers):
-    """Folds `layer(carry, (weights, index))` over stacked or separate layers."""
-    if isinstance(layers, tuple):
-        for index, weights in enumerate(layers):
-            carry, _ = layer(carry, (weights, index))
-        return carry
-    num_layers = jax.tree.leaves(layers)[0].shape[0]
-    return lax.scan(layer, carry, (layers, jnp.arange(num_layers, dtype=jnp.int32)))[0]
+def _project_layer(
+    x: jax.Array, weights: jax.Array | tuple[jax.Array, ...], index: jax.Array
+) -> jax.Array:
+    """`x` times the weights of layer `index`.
+
+    Stacked weights are indexed. From a tuple the layer's array is chosen by a branch, since the
+    CPU backend would first copy a slice of a stack: a seventh of a small batch's step, half of one
+    token's. Only the product is inside the branch, so that a layer still compiles once.
+    """
+    if not isinstance(weights, tuple):
+        return _project(x, lax.dynamic_index_in_dim(weights, index, keepdims=False))
+    return lax.switch(index, [partial(_project, weight=weight) for weight in weights], x)

@@ -55,7 +55,8 @@ def paged_attention(
       k_pages, v_pages: [P, K, S, D]. Slots that hold no live token may hold anything, NaN included.
       lengths: i32[B], live KV tokens per row, this step's included; 0 for an empty row.
       page_indices: i32[B, M]; entry j names the page of tokens [j*S, (j+1)*S). Entries beyond the
-        row's ceil(length / S) live pages may be anything.
+        row's ceil(length / S) live pages may be anything; so may those that `sliding_window`
+        hides from every query of this step.
       cu_q_lens: i32[B+1], running sum of the rows' query counts, from 0 to at most T.
       sm_scale: factor on the scores, D**-0.5 if None.
       soft_cap: if given, scores become soft_cap * tanh(score / soft_cap).

@@ -91,8 +91,8 @@ def _decode(q, cache: Cache, lengths, options: Options) -> Softmax:
     chunk = cache.chunk_tokens
     num_rows = -(-q.shape[0] // ROWS_PER_GROUP) * ROWS_PER_GROUP
     lengths = jnp.pad(lengths, (0, num_rows - lengths.shape[0]))
-    first = _first_visible(lengths - 1, options) // chunk
-    num_chunks = jnp.maximum(-(-lengths // chunk) - first, 0)
+    first = _first_visible(lengths - 1, options)
+    num_chunks = jnp.maximum(-(-lengths // chunk) - first // chunk, 0)
     order = jnp.argsort(-num_chunks).astype(jnp.int32)
     sorted_q = q.at[order].get(mode="clip")
     sorted_chunks = jnp.pad(num_chunks[order], (0, 1))
@@ -101,7 +101,8 @@ def _decode(q, cache: Cache, lengths, options: Options) -> Softmax:
         j, start, state = carry
         row = lax.dynamic_slice_in_dim(order, start, ROWS_PER_GROUP)
         q_rows = lax.dynamic_slice_in_dim(sorted_q, start, ROWS_PER_GROUP)
-        k, v, key_position = _read_chunk(cache, row, first[row] + j, lengths[row])
+        at = first[row] // chunk + j
+        k, v, key_position = _read_chunk(cache, row, at, first[row], lengths[row])
         live = _visible(lengths[row][:, None] - 1, key_position, options)[:, None, None]
         s = _scores(jnp.einsum("rkgd,rkcd->rkgc", q_rows, k), live, options)
         old = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, ROWS_PER_GROUP), state)
@@ -140,7 +141,8 @@ def _prefill(q, cache: Cache, lengths, q_lens, first_token, options: Options) ->
         position = tile_start + jnp.arange(TILE_TOKENS, dtype=jnp.int32)
         at = TILE_TOKENS + first_token[row] + tile_start - starts[row]
         q_tile = lax.dynamic_slice_in_dim(q, at, TILE_TOKENS).transpose(1, 0, 2, 3)
-        new = _attend_tile(q_tile, cache, row, position, lengths[row], options)
+        first = _first_visible(jnp.maximum(tile_start, starts[row]), options)
+        new = _attend_tile(q_tile, cache, row, position, first, lengths[row], options)
         is_ours = (position >= starts[row]) & (position < lengths[row])
 
         def write(x, x_new):
@@ -155,39 +157,38 @@ def _prefill(q, cache: Cache, lengths, q_lens, first_token, options: Options) ->
     return jax.tree.map(lambda x: x[TILE_TOKENS:-TILE_TOKENS], state)
 
 
-def _attend_tile(q_tile, cache: Cache, row, position, length, options: Options) -> Softmax:
-    """One row's query tile [K, TILE, G, D] at `position` i32[TILE] against the row's live KV."""
+def _attend_tile(q_tile, cache: Cache, row, position, first, end, options: Options) -> Softmax:
+    """One row's query tile [K, TILE, G, D] at `position` i32[TILE] against KV [first, end)."""
     num_kv_heads, num_queries, group, head_dim = q_tile.shape
     flat = q_tile.reshape(num_kv_heads, num_queries * group, head_dim)
     chunk = cache.chunk_tokens
-    seen_tokens = jnp.minimum(position[-1] + 1, length)
+    end = jnp.minimum(position[-1] + 1, end)
 
     def body(j, state):
-        k, v, key_position = _read_chunk(cache, row[None], j[None], length[None])
+        k, v, key_position = _read_chunk(cache, row[None], j[None], first[None], end[None])
         live = _visible(position[:, None], key_position, options)  # [TILE, C]
         live = jnp.repeat(live, group, axis=0)[None]
         s = _scores(jnp.einsum("kqd,kcd->kqc", flat, k[0]), live, options)
         return _fold(state, s, v[0], "kqc,kcd->kqd")
 
-    first = _first_visible(position[0], options) // chunk
-    state = lax.fori_loop(first, -(-seen_tokens // chunk), body, _start(flat.shape))
+    state = lax.fori_loop(first // chunk, -(-end // chunk), body, _start(flat.shape))
     return jax.tree.map(lambda x: x.reshape(num_kv_heads, num_queries, group, *x.shape[2:]), state)
 
 
-def _read_chunk(cache: Cache, row, chunk, length):
+def _read_chunk(cache: Cache, row, chunk, first, end):
     """KV chunk `chunk` i32[R] of each row i32[R]: K and V f32[R, K, C, D], positions i32[R, C].
 
-    Whatever is not below `length` i32[R] reads as zero, from page 0.
+    Whatever is outside [first, end), both i32[R], reads as zero, from page 0.
     """
     num_pages, num_kv_heads, page_size, head_dim = cache.k_pages.shape
     slot = jnp.arange(cache.chunk_pages, dtype=jnp.int32)[None] + chunk[:, None] * cache.chunk_pages
+    position = slot[:, :, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)[None, None]
+    live = (position >= first[:, None, None]) & (position < end[:, None, None])  # [R, pages, S]
     page = cache.page_indices.at[row[:, None], slot].get(mode="clip")
-    page = jnp.where(slot * page_size < length[:, None], jnp.clip(page, 0, num_pages - 1), 0)
+    page = jnp.where(live.any(axis=2), jnp.clip(page, 0, num_pages - 1), 0)
     head = jnp.arange(num_kv_heads, dtype=jnp.int32)
     index = page[:, None, :] * num_kv_heads + head[None, :, None]  # [R, K, pages]
-    position = slot[:, :, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)[None, None]
-    mask = -(position < length[:, None, None]).astype(jnp.int32)  # all ones in binary, or zero
-    mask = mask[:, None, :, :, None]  # [R, 1, pages, S, 1]
+    mask = -live.astype(jnp.int32)[:, None, :, :, None]  # all ones in binary, or zero
     index, mask = lax.optimization_barrier((index, mask))  # or the copy computes them per element
 
     def read(pages):

@@ -1,0 +1,184 @@
+"""What the scripts here share: flags, files, the model, and how a run ends."""
+
+import json
+import resource
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from jaxpage.checkpoint.errors import CheckpointError
+from jaxpage.checkpoint.load import LoadedModel, load_model
+from jaxpage.checkpoint.store import cache_folder
+from jaxpage.config import ConfigError, EngineConfig, require
+from jaxpage.engine.host import Engine
+from jaxpage.engine.step import Setup
+from jaxpage.model.placement import serving_params
+from jaxpage.paging.allocator import ALLOCATORS
+from jaxpage.scheduling.policies import POLICIES
+from pallas_kernels.paged_attention import paged_attention
+
+FLAGS = flags.FLAGS
+
+
+def define_model_flags(dtype: str = "float32") -> None:
+    """Flags that say which model runs, and how precisely."""
+    flags.DEFINE_string(
+        "model",
+        "smollm2-135m",
+        "The model to run: smollm2-135m (from the installed package), tiny (random weights), "
+        "a folder with a Hugging Face Llama, or a GGUF file.",
+    )
+    flags.DEFINE_enum(
+        "dtype",
+        dtype,
+        ["float32", "bfloat16"],
+        "The precision to which weights, keys and values are rounded.",
+    )
+
+
+def define_engine_flags(num_slots: int = 32) -> None:
+    """Flags for the capacities of an engine."""
+    flags.DEFINE_integer(
+        "num_slots", num_slots, "How many sequences can run at once.", lower_bound=1
+    )
+    flags.DEFINE_integer("page_size", 16, "How many tokens a page holds.", lower_bound=1)
+    flags.DEFINE_enum(
+        "policy", "fcfs", sorted(POLICIES), "Who goes first, and so who is preempted last."
+    )
+    flags.DEFINE_bool(
+        "batch_invariant",
+        False,
+        "Use one token bucket and fixed prompt chunks, so that outputs and their log probabilities "
+        "are the same to the bit whoever shares the batch. This is slower.",
+    )
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Runs a script's `main`; what the user can mend ends it with one line and exit status 1."""
+
+    def guarded(argv: list[str]) -> None:
+        if len(argv) > 1:
+            sys.exit(f"error: unexpected argument {argv[1]!r}: every setting is a --flag=value")
+        try:
+            main(argv)
+        except (ConfigError, CheckpointError, OSError) as error:
+            sys.exit("error: " + " ".join(str(error).split()))
+
+    app.run(guarded)
+
+
+def keep_compilations() -> None:
+    """Lets XLA's compiled programs survive the process, beside the converted checkpoints."""
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def build_engine(model: LoadedModel, config: EngineConfig, allocator: str = "paged") -> Engine:
+    """An engine on `model`, whose parameters it takes over; precision and policy by flag."""
+    return engine_for(model, serving_params(model.params, FLAGS.dtype), config, allocator)
+
+
+def engine_for(model: LoadedModel, params: dict, config: EngineConfig, allocator: str) -> Engine:
+    """An engine on parameters that are already in serving form, to be shared by several."""
+    setup = Setup(
+        model=model.config,
+        engine=config,
+        allocator=ALLOCATORS[allocator],
+        policy=POLICIES[FLAGS.policy],
+        attention=paged_attention,
+    )
+    return Engine(params, setup, jnp.dtype(FLAGS.dtype))
+
+
+def load_flagged_model() -> LoadedModel:
+    """The model of `--model` in `--dtype`."""
+    keep_compilations()
+    return load_model(FLAGS.model, jnp.dtype(FLAGS.dtype))
+
+
+def read_jsonl(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers and objects of a JSONL file; empty lines are passed over."""
+    require(Path(path).is_file(), f"{path}: no such file")
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ConfigError(
+                    f"{path}:{number}: not JSON ({error.msg}): mend the line"
+                ) from error
+            require(isinstance(value, dict), f"{path}:{number}: expected a JSON object per line")
+            yield number, value
+
+
+def open_for_writing(path: str):
+    """Opens `path` at once, so that an unwritable one fails before the work and not after."""
+    try:
+        return open(path, "w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+
+
+def make_folder(path: str) -> Path:
+    """The folder `path`, made if it is not there."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make the folder {path}: {error.strerror}") from error
+    return folder
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes one JSON object a line."""
+    with open_for_writing(str(path)) as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def print_last_line(row: dict[str, Any]) -> None:
+    """Prints a result as the last line of stdout, one JSON object."""
+    print(json.dumps(row), flush=True)
+
+
+def seed_of(base_seed: int, request_id: str) -> int:
+    """A request's own seed: the same wherever it stands in a file."""
+    return zlib.crc32(f"{base_seed}:{request_id}".encode())
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def provenance() -> dict[str, Any]:
+    """Where a result came from: commit, device, jax, and the flags that were given."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "commit": commit or None,
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "flags": {name: FLAGS[name].value for name in FLAGS if FLAGS[name].present},
+    }
+
+
+class CompilationCounter:
+    """Counts the programs that XLA compiles, or loads from its cache, from its creation on."""
+
+    def __init__(self):
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration_s: float, **_: Any) -> None:
+        del duration_s
+        self.count += event == "/jax/core/compile/backend_compile_duration"

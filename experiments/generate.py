@@ -1,0 +1,187 @@
+"""Answers the prompts of a JSONL file with a paged engine.
+
+    python -m experiments.generate --prompts=IN.jsonl --out=OUT.jsonl --max_new_tokens=64
+
+Input lines are `{"id", "prompt"}` or `{"id", "prompt_ids"}`, with `"max_new_tokens"` and `"seed"`
+if wanted; output lines are `{"id", "prompt_ids", "output_ids", "text", "finish_reason"}` in input
+order. A request that cannot be served gets an `"error"` sentence and holds up no other.
+"""
+
+import json
+from dataclasses import replace
+
+from absl import flags
+
+from experiments import common
+from jaxpage.checkpoint.load import LoadedModel
+from jaxpage.config import ConfigError, EngineConfig, require
+from jaxpage.engine.host import Journal, Request, Result
+from jaxpage.engine.sizing import engine_config
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    common.define_model_flags()
+    common.define_engine_flags()
+    flags.DEFINE_string("prompts", None, "The JSONL file with the prompts.", required=True)
+    flags.DEFINE_string("out", None, "The JSONL file to write the answers to.", required=True)
+    flags.DEFINE_integer(
+        "max_new_tokens", 128, "How many tokens to generate where a prompt does not say."
+    )
+    flags.DEFINE_bool("ignore_eos", False, "Go on after an end-of-sequence token.")
+    flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token; more draws more freely.")
+    flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens only; 0 from all.")
+    flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest tokens of this total probability.")
+    flags.DEFINE_float("repetition_penalty", 1.0, "Divide the logits of tokens seen; 1 does not.")
+    flags.DEFINE_integer("seed", 0, "The seed of requests that have none, mixed with their id.")
+    flags.DEFINE_integer(
+        "num_pages", None, "How many pages the pool has; by default enough for all slots."
+    )
+    flags.DEFINE_bool("logprobs", False, "Write the log probability of each output token as well.")
+    flags.DEFINE_enum(
+        "allocator",
+        "paged",
+        sorted(common.ALLOCATORS),
+        "How KV memory is given out: by pages, or reserved by one of the contiguous rules.",
+    )
+
+
+def main(_: list[str]) -> None:
+    lines = _read_lines(FLAGS.prompts)
+    with common.open_for_writing(FLAGS.out) as out:
+        model = common.load_flagged_model()
+        requests, errors = _read_requests(lines, model)
+        config = _size(model, requests)
+        engine = common.build_engine(model, config, FLAGS.allocator)
+        compile_s = engine.compile()
+        results, journal = engine.serve(requests)
+        results += [Result(request, error=error) for request, error in errors]
+        by_id = {result.request.id: result for result in results}
+        for line in lines:
+            row = _output_line(by_id[_id_of(line)], line, model)
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+    common.print_last_line(_summary(results, journal, compile_s))
+
+
+def _id_of(line: dict) -> str:
+    return json.dumps(line["id"])
+
+
+def _read_lines(path: str) -> list[dict]:
+    """The lines of the prompt file; one without an id, or with another's, refuses the file."""
+    lines, seen = [], {}
+    for number, line in common.read_jsonl(path):
+        require("id" in line, f'{path}:{number}: no "id": every line needs one of its own')
+        first = seen.setdefault(_id_of(line), number)
+        require(
+            first == number,
+            f"{path}:{number}: id {line['id']!r} was used in line {first}: ids must be distinct",
+        )
+        lines.append(line)
+    require(bool(lines), f"{path}: no prompts in it: write one JSON object a line")
+    return lines
+
+
+def _read_requests(
+    lines: list[dict], model: LoadedModel
+) -> tuple[list[Request], list[tuple[Request, str]]]:
+    """Requests, and those that are no requests with the reason."""
+    requests, errors = [], []
+    for line in lines:
+        request = Request(
+            id=_id_of(line),
+            prompt_ids=(),
+            max_new_tokens=FLAGS.max_new_tokens,
+            temperature=FLAGS.temperature,
+            top_k=FLAGS.top_k,
+            top_p=FLAGS.top_p,
+            repetition_penalty=FLAGS.repetition_penalty,
+            seed=common.seed_of(FLAGS.seed, _id_of(line)),
+            ignore_eos=FLAGS.ignore_eos,
+        )
+        try:
+            requests.append(_fill(request, line, model))
+        except ConfigError as error:
+            errors.append((request, str(error)))
+    return requests, errors
+
+
+def _fill(request: Request, line: dict, model: LoadedModel) -> Request:
+    """`request` with what its line says.
+
+    Raises:
+      ConfigError: a value is of the wrong kind.
+    """
+    if "prompt_ids" in line:
+        prompt_ids = line["prompt_ids"]
+        is_list = isinstance(prompt_ids, list) and all(type(token) is int for token in prompt_ids)
+        require(is_list, f'"prompt_ids" must be a list of integers, got {prompt_ids!r:.80}')
+    else:
+        text = line.get("prompt")
+        if not isinstance(text, str):
+            raise ConfigError(f'"prompt" must be a string, got {text!r:.80}')
+        tokenizer = model.tokenizer
+        if tokenizer is None:
+            raise ConfigError(
+                f'--model={FLAGS.model} has no tokenizer: give "prompt_ids" in place of "prompt"'
+            )
+        prompt_ids = tokenizer.encode(text)
+    request = replace(request, prompt_ids=tuple(prompt_ids))
+    for name in ("max_new_tokens", "seed"):
+        value = line.get(name, getattr(request, name))
+        require(type(value) is int, f'"{name}" must be an integer, got {value!r:.80}')
+        request = replace(request, **{name: value})
+    return request
+
+
+def _size(model: LoadedModel, requests: list[Request]) -> EngineConfig:
+    """Slots as long as the longest request that the model can take."""
+    lengths = [len(r.prompt_ids) + max(r.max_new_tokens, 1) for r in requests]
+    longest = max([n for n in lengths if n <= model.config.max_position], default=1)
+    return engine_config(
+        model.config,
+        max_seq_len=longest,
+        num_slots=FLAGS.num_slots,
+        num_requests=min(max(len(requests), 1), 1024),
+        page_size=FLAGS.page_size,
+        kv_dtype=FLAGS.dtype,
+        num_pages=FLAGS.num_pages,
+        batch_invariant=FLAGS.batch_invariant,
+    )
+
+
+def _output_line(result: Result, line: dict, model: LoadedModel) -> dict:
+    tokenizer = model.tokenizer
+    row = {
+        "id": line["id"],
+        "prompt_ids": list(result.request.prompt_ids),
+        "output_ids": result.output_ids,
+        "text": tokenizer.decode(result.output_ids) if tokenizer is not None else None,
+        "finish_reason": result.finish_reason,
+    }
+    if result.error is not None:
+        row |= {"output_ids": [], "text": "", "error": result.error}
+    elif FLAGS.logprobs:
+        row["logprobs"] = result.logprobs
+    return row
+
+
+def _summary(results: list[Result], journal: Journal, compile_s: float) -> dict:
+    num_output_tokens = sum(len(result.output_ids) for result in results)
+    return {
+        "requests": len(results),
+        "errors": sum(result.error is not None for result in results),
+        "output_tokens": num_output_tokens,
+        "output_tokens_per_s": num_output_tokens / journal.wall_s if journal.wall_s else 0.0,
+        "wall_s": journal.wall_s,
+        "compile_s": compile_s,
+        "steps": journal.num_steps,
+        "preemptions": sum(result.num_preemptions for result in results),
+        **common.provenance(),
+    }
+
+
+if __name__ == "__main__":
+    define_flags()
+    common.run(main)

@@ -1,0 +1,56 @@
+"""Parameters in the form in which this machine computes fastest; the values stay the same."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxpage.model.params import Params
+
+_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 twice, Arm
+
+
+def product_dtype(dtype: DTypeLike) -> np.dtype:
+    """The dtype to multiply in for parameters rounded to `dtype`.
+
+    A CPU without bfloat16 instructions multiplies float32 copies of bfloat16 weights
+    faster than the weights themselves, and no less exactly.
+    """
+    dtype = np.dtype(dtype)
+    if dtype == jnp.bfloat16 and jax.default_backend() == "cpu" and not cpu_has_bfloat16():
+        return np.dtype(np.float32)
+    return dtype
+
+
+def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the processor multiplies bfloat16 in hardware, as far as the system says."""
+    if not cpuinfo.exists():
+        return False
+    for line in cpuinfo.read_text().splitlines():
+        name, _, flags = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return bool(_BFLOAT16_FLAGS & set(flags.split()))
+    return False
+
+
+def serving_params(params: Params, dtype: DTypeLike) -> Params:
+    """Parameters rounded to `dtype` in the form that serves fastest; empties `params`.
+
+    On a CPU products are of `product_dtype`, and the matrices of the layers come apart into a
+    tuple (see `llama.forward`).
+    """
+    if jax.default_backend() != "cpu":
+        return params
+    target = product_dtype(dtype)
+
+    def ready(leaf: jax.Array) -> jax.Array:
+        return jax.block_until_ready(leaf.astype(target))
+
+    layers, stacked = {}, params.pop("layers")
+    while stacked:  # leaf by leaf, so that two copies of the whole are never held
+        name, leaf = stacked.popitem()
+        is_norm = leaf.ndim == 2
+        layers[name] = ready(leaf) if is_norm else tuple(ready(matrix) for matrix in leaf)
+    return {"layers": layers, **{name: ready(params.pop(name)) for name in tuple(params)}}
