@@ -100,8 +100,9 @@ class Engine:
     def compile(self) -> float:
         """Compiles all that serving needs and returns the seconds that it took."""
         start_s = time.perf_counter()
-        request = self._request_row(Request("", (0,), 1))
-        state = loop.submit(self._state, jnp.int32(0), request)
+        request = Request("", (0,), 1)
+        self.refusal(request)
+        state = loop.submit(self._state, jnp.int32(0), self._request_row(request))
         state = loop.forget(state, jnp.int32(0))
         self._state = loop.serve_steps(self._params, state, jnp.int32(0), setup=self.setup)
         jax.block_until_ready(self._state)
@@ -192,7 +193,7 @@ class Engine:
         """Pages that one sequence will hold at once, whole buddies for the contiguous."""
         config, allocator = self.setup.engine, self.setup.allocator
         tokens = allocator.reserve(jnp.int32(prompt_len), jnp.int32(final_len), config.max_seq_len)
-        pages = int(num_pages_for(tokens, config.page_size))
+        pages = num_pages_for(int(tokens), config.page_size)
         return pages if allocator.grows else 1 << (pages - 1).bit_length()
 
     def _feed(self, run: "_Run", now_s: float) -> None:

@@ -45,7 +45,7 @@ class PageTable(struct.PyTreeNode):
         return self.held_pages * self.page_size
 
 
-def num_pages_for(num_tokens: jax.Array, page_size: int) -> jax.Array:
+def num_pages_for[N: (int, jax.Array)](num_tokens: N, page_size: int) -> N:
     """Pages that hold `num_tokens` tokens: the quotient, rounded up."""
     return (num_tokens + page_size - 1) // page_size
 
