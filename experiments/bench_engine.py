@@ -51,7 +51,7 @@ def main(_: list[str]) -> None:
     engine = common.build_engine(model, config)
     compile_s = engine.compile()
     counter = common.CompilationCounter()
-    for _ in range(FLAGS.repeats):
+    for _repeat in range(FLAGS.repeats):
         results, journal = engine.serve(requests)
     refused = [result.error for result in results if result.error is not None]
     require(not refused, f"{len(refused)} requests of the workload were refused: {refused[:1]}")

@@ -174,7 +174,8 @@ def test_random_commands_leave_the_table_as_the_oracle_and_sound_after_each(shap
 @every_shape
 def test_long_random_commands_leave_the_table_as_the_oracle_and_sound_after_each(shape):
     met = check_random_commands(shape, max_examples=1500, max_size=60)
-    assert met >= {status.OK, status.OUT_OF_PAGES, status.SHARED_PAGE}
+    never = {status.SHARED_PAGE} if shape[-1] == 1 else set()  # a page of one slot has no room left
+    assert met == set(status.SENTENCES) - never
 
 
 def random_script(shape, seed: int, size: int) -> list[tuple]:

@@ -6,6 +6,7 @@ angles, softmax and logits are float32. Keys and values are rounded to the pool'
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,8 @@ from jaxpage.model.params import Params
 from jaxpage.paging import kv_pool
 from jaxpage.paging.kv_pool import KvPool
 
-# (q[T, H, D], k_pages, v_pages, lengths, page_indices, cu_q_lens) -> [T, H, D]
-AttentionFn = Callable[..., jax.Array]
+# (q[T, H, D], k_pages, v_pages, lengths, page_indices, *, cu_q_lens) -> [T, H, D]
+AttentionFn = Callable[..., Any]
 
 
 class Batch(struct.PyTreeNode):
