@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import app, flags, logging
 
 from jaxpage.checkpoint.errors import CheckpointError
 from jaxpage.checkpoint.load import LoadedModel, load_model
@@ -66,6 +66,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     def guarded(argv: list[str]) -> None:
         if len(argv) > 1:
             sys.exit(f"error: unexpected argument {argv[1]!r}: every setting is a --flag=value")
+        logging.set_verbosity(logging.WARNING)  # absl would show what jax tries on its way
         try:
             main(argv)
         except (ConfigError, CheckpointError, OSError) as error:

@@ -34,6 +34,7 @@ MAX_OUTPUT_TOKENS = 256
 def define_flags() -> None:
     common.define_model_flags()
     common.define_engine_flags(num_slots=64)
+    flags.adopt_module_key_flags(common)
     define_serving_flags()
     flags.DEFINE_enum(
         "allocator",
@@ -94,6 +95,8 @@ def serve_workload(engine: Engine, items: Sequence[WorkItem], folder: Path) -> d
     with tqdm(total=len(requests), desc=f"{allocator:>6}", unit="request") as bar:
         results, journal = engine.serve(requests, steps_per_read=8, on_progress=_advance(bar))
     served = [result for result in results if result.error is None]
+    if not served:
+        raise ConfigError(f"--kv_bytes={FLAGS.kv_bytes}: no request fits: {results[0].error}")
     config = engine.setup.engine
     summary = {
         "allocator": allocator,

@@ -92,7 +92,7 @@ def oracle(problem: Problem, *, sm_scale=None, soft_cap=None, sliding_window=Non
     q, k_pages, v_pages = (
         np.asarray(x, np.float64) for x in (problem.q, problem.k_pages, problem.v_pages)
     )
-    num_tokens, num_heads, head_dim = q.shape
+    _, num_heads, head_dim = q.shape
     page_size, group = k_pages.shape[2], num_heads // k_pages.shape[1]
     out, top, total = np.zeros_like(q), np.full(q.shape[:2], -np.inf), np.zeros(q.shape[:2])
     row_of_token = np.repeat(np.arange(len(problem.lengths)), problem.q_lens)

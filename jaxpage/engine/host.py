@@ -91,10 +91,10 @@ class Engine:
 
     def __init__(self, params: Params, setup: Setup, kv_dtype: DTypeLike):
         self.setup = setup
-        self._params = params
+        self.params = params
         # Committed to its device like the parameters: else the second call would compile again.
         device = next(iter(jax.tree.leaves(params)[0].devices()))
-        self._state = jax.device_put(step.create(setup, kv_dtype), device)
+        self.state = jax.device_put(step.create(setup, kv_dtype), device)
         self._num_submitted = 0
 
     def compile(self) -> float:
@@ -102,11 +102,22 @@ class Engine:
         start_s = time.perf_counter()
         request = Request("", (0,), 1)
         self.refusal(request)
-        state = loop.submit(self._state, jnp.int32(0), self._request_row(request))
-        state = loop.forget(state, jnp.int32(0))
-        self._state = loop.serve_steps(self._params, state, jnp.int32(0), setup=self.setup)
-        jax.block_until_ready(self._state)
+        self.submit(request, 0)
+        self.state = loop.forget(self.state, jnp.int32(0))
+        self.advance(0)
+        jax.block_until_ready(self.state)
         return time.perf_counter() - start_s
+
+    def submit(self, request: Request, row: int) -> None:
+        """Puts a request that `refusal` has nothing against in the free row `row`."""
+        request_row = self._request_row(request)
+        self.state = loop.submit(self.state, jnp.int32(row), request_row)
+        self._num_submitted += 1
+
+    def advance(self, max_steps: int) -> None:
+        """Runs up to `max_steps` steps, at most `log_steps`; returns before they are done."""
+        steps = jnp.int32(max_steps)
+        self.state = loop.serve_steps(self.params, self.state, steps, setup=self.setup)
 
     def refusal(self, request: Request) -> str | None:
         """Why this request cannot be served, in a sentence with the remedy; None if it can."""
@@ -173,7 +184,7 @@ class Engine:
             waiting=deque(sorted(accepted, key=lambda r: r.arrival_s)),
             free_rows=list(range(self.setup.engine.num_requests - 1, -1, -1)),
         )
-        steps = jnp.int32(steps_per_read or self.setup.engine.log_steps)
+        steps = steps_per_read or self.setup.engine.log_steps
         start_s = time.perf_counter()
         while run.waiting or run.active:
             self._feed(run, time.perf_counter() - start_s)
@@ -181,7 +192,7 @@ class Engine:
                 time.sleep(max(run.waiting[0].arrival_s - (time.perf_counter() - start_s), 0.0))
                 continue
             before_s = time.perf_counter() - start_s
-            self._state = loop.serve_steps(self._params, self._state, steps, setup=self.setup)
+            self.advance(steps)
             self._read_log(run.journal, before_s, start_s)
             self._read_requests(run, results, on_tokens)
             if on_progress is not None:
@@ -200,8 +211,7 @@ class Engine:
         """Submits the requests that have arrived, as far as the queue has rows."""
         while run.waiting and run.free_rows and run.waiting[0].arrival_s <= now_s:
             request, row = run.waiting.popleft(), run.free_rows.pop()
-            self._state = loop.submit(self._state, jnp.int32(row), self._request_row(request))
-            self._num_submitted += 1
+            self.submit(request, row)
             run.active[row] = request
             run.told[row] = len(request.prompt_ids)
             run.journal.request_ids[row] = request.id
@@ -223,7 +233,7 @@ class Engine:
         )
 
     def _read_log(self, journal: Journal, before_s: float, start_s: float) -> None:
-        log = self._state.log
+        log = self.state.log
         count = int(log.count)  # waits for the device
         after_s = time.perf_counter() - start_s
         columns = {name: np.array(getattr(log.records, name)) for name in StepRecord._fields}
@@ -238,7 +248,7 @@ class Engine:
         self, run: "_Run", results: dict[str, Result], on_tokens: TokenFn | None
     ) -> None:
         """Collects the requests that ended and frees their rows; tells listeners of new tokens."""
-        held = self._state.scheduler.requests
+        held = self.state.scheduler.requests
         phases = np.array(held.phases)
         ended = [row for row in run.active if phases[row] == DONE]
         if not ended and on_tokens is None:
@@ -252,7 +262,7 @@ class Engine:
         for row in ended:
             request = run.active.pop(row)
             results[request.id] = _result(request, row, known, run.journal)
-            self._state = loop.forget(self._state, jnp.int32(row))
+            self.state = loop.forget(self.state, jnp.int32(row))
             run.free_rows.append(row)
 
 

@@ -42,6 +42,7 @@ def engine_config(
     """
     require(page_size > 0, f"page_size={page_size} must be positive")
     require(num_slots > 0, f"num_slots={num_slots} must be positive")
+    require(max_seq_len > 0, f"max_seq_len={max_seq_len} must be positive")
     pages_per_slot = -(-max_seq_len // page_size)
     if kv_bytes is not None:
         require(num_pages is None, "give num_pages or kv_bytes, not both")

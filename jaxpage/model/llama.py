@@ -44,7 +44,7 @@ def forward(
     """Runs all layers, writing the batch's keys and values on the way.
 
     Returns the normalized last states `[T, E]` and the pool. A leaf of `params["layers"]` is
-    stacked on its first axis, or a tuple with one array a layer (see `_project_layer`).
+    stacked on its first axis, or a tuple with one array a layer (see `project_layer`).
     """
     rope = rope_angles(batch.positions, config)
     weights = params["layers"]
@@ -52,7 +52,7 @@ def forward(
     def layer(index: jax.Array, carry: tuple[jax.Array, KvPool]) -> tuple[jax.Array, KvPool]:
         x, pool = carry
         h = rms_norm(x, weights["attn_norm"][index], config.norm_eps)
-        qkv = _project_layer(h, weights["qkv"], index)  # [T, K, G + 2, D]
+        qkv = project_layer(h, weights["qkv"], index)  # [T, K, G + 2, D]
         q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
         q = q.reshape(q.shape[0], config.num_heads, config.head_dim)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
@@ -62,11 +62,11 @@ def forward(
             q, keys, values, batch.lengths, page_indices, cu_q_lens=batch.cu_q_lens
         )
         attended = attended.reshape(-1, *weights["out"][0].shape[-3:])  # [T, K, G, D]
-        x = x + _project_layer(attended, weights["out"], index)
+        x = x + project_layer(attended, weights["out"], index)
         h = rms_norm(x, weights["mlp_norm"][index], config.norm_eps)
-        gate_up = _project_layer(h, weights["gate_up"], index)  # [T, 2, F]
+        gate_up = project_layer(h, weights["gate_up"], index)  # [T, 2, F]
         h = jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]
-        return x + _project_layer(h, weights["down"], index), pool
+        return x + project_layer(h, weights["down"], index), pool
 
     x = params["embed"][batch.tokens]
     x, pool = lax.fori_loop(0, config.num_layers, layer, (x, pool))
@@ -76,7 +76,7 @@ def forward(
 def logits(params: Params, x: jax.Array) -> jax.Array:
     """Next-token logits of states `[n, E]`, `f32[n, V]`."""
     head = params["head"] if "head" in params else params["embed"]
-    return _project(x, head).astype(jnp.float32)
+    return project(x, head).astype(jnp.float32)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -113,7 +113,7 @@ def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     return rotated.astype(x.dtype)
 
 
-def _project(x: jax.Array, weight: jax.Array) -> jax.Array:
+def project(x: jax.Array, weight: jax.Array) -> jax.Array:
     """`x: [n, in...]` times `weight: [out..., in...]`, as one product of matrices."""
     num_out = weight.ndim - (x.ndim - 1)
     out_shape = weight.shape[:num_out]
@@ -122,7 +122,7 @@ def _project(x: jax.Array, weight: jax.Array) -> jax.Array:
     return product.reshape(-1, *out_shape)
 
 
-def _project_layer(
+def project_layer(
     x: jax.Array, weights: jax.Array | tuple[jax.Array, ...], index: jax.Array
 ) -> jax.Array:
     """`x` times the weights of layer `index`.
@@ -132,5 +132,5 @@ def _project_layer(
     token's. Only the product is inside the branch, so that a layer still compiles once.
     """
     if not isinstance(weights, tuple):
-        return _project(x, lax.dynamic_index_in_dim(weights, index, keepdims=False))
-    return lax.switch(index, [partial(_project, weight=weight) for weight in weights], x)
+        return project(x, lax.dynamic_index_in_dim(weights, index, keepdims=False))
+    return lax.switch(index, [partial(project, weight=weight) for weight in weights], x)

@@ -104,8 +104,8 @@ def _draw(logits: jax.Array, sampling: Sampling, positions: jax.Array) -> jax.Ar
 
 
 def _sortable(x: jax.Array) -> jax.Array:
-    """Unsigned integers in the order of the floats `x`."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    """Unsigned integers in the order of the floats `x`; zeros of both signs are equal."""
+    bits = lax.bitcast_convert_type(jnp.where(x == 0.0, 0.0, x), jnp.uint32)
     sign = jnp.uint32(1 << 31)
     return jnp.where(bits >= sign, ~bits, bits | sign)
 

@@ -1,0 +1,123 @@
+"""What does the scheduler cost alone, without a model, as slots and the pool grow?
+
+    python -m experiments.bench_scheduler
+
+One JSON row a size: microseconds a step of `plan_step` + `commit_step`, in the compiled loop, while
+sequences arrive, run and end under a fake executor. About two minutes. Expected: growth about
+linear in slots, none with the pool ten times larger; a tenth of a millisecond at 256 slots.
+It would be refuted by a step that scans the pool.
+"""
+
+import json
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax import lax
+
+from experiments import common
+from jaxpage.config import EngineConfig
+from jaxpage.paging.allocator import ALLOCATORS, Allocator
+from jaxpage.scheduling import state as scheduler_state
+from jaxpage.scheduling.policies import POLICIES
+from jaxpage.scheduling.state import WAITING, SchedulerState
+from jaxpage.scheduling.step import Outcome, commit_step, plan_step
+
+FLAGS = flags.FLAGS
+
+PAGE_SIZE = 16
+PAGES_PER_SLOT = 64
+PAGES_A_SLOT_HOLDS = 24  # on average, so that the pool is about full
+
+
+def define_flags() -> None:
+    flags.DEFINE_list("slots", ["64", "256", "1024", "4096"], "The numbers of slots to measure.")
+    flags.DEFINE_list("pool_factors", ["1", "10"], "Pool sizes, as multiples of a full house.")
+    flags.DEFINE_enum("allocator", "paged", sorted(ALLOCATORS), "Whose tables to measure.")
+    flags.DEFINE_enum("policy", "fcfs", sorted(POLICIES), "The order of requests.")
+    flags.DEFINE_integer("steps", 64, "How many steps to time at once.", lower_bound=1)
+
+
+def main(_: list[str]) -> None:
+    rows = []
+    for num_slots in map(int, FLAGS.slots):
+        for factor in map(int, FLAGS.pool_factors):
+            config = EngineConfig(
+                num_slots=num_slots,
+                num_pages=num_slots * PAGES_A_SLOT_HOLDS * factor,
+                page_size=PAGE_SIZE,
+                pages_per_slot=PAGES_PER_SLOT,
+                num_requests=2 * num_slots,
+                token_buckets=(max(512, 2 * num_slots),),
+            )
+            rows.append(measure(config, ALLOCATORS[FLAGS.allocator]))
+            print(json.dumps(rows[-1]), flush=True)
+    common.print_last_line({"rows": rows, **common.provenance()})
+
+
+def measure(config: EngineConfig, allocator: Allocator) -> dict:
+    """Median microseconds a step over the chunks of steps in which most slots run."""
+    policy = POLICIES[FLAGS.policy]
+    nothing_fails = Outcome(
+        tokens=jnp.full((config.num_slots,), 5, jnp.int32),
+        logprobs=jnp.zeros((config.num_slots,), jnp.float32),
+        failed=jnp.zeros((config.num_slots,), jnp.bool_),
+    )
+
+    def step(carry):
+        state, count, running = carry
+        state, plan = plan_step(state, config, allocator, policy)
+        running = running + jnp.sum(state.running, dtype=jnp.int32)
+        state = commit_step(state, plan, nothing_fails, allocator, eos_ids=(2,))
+        return state, count + 1, running
+
+    @partial(jax.jit, donate_argnums=0)
+    def steps(state: SchedulerState, limit: jax.Array):
+        def goes_on(carry):
+            return (carry[1] < limit) & jnp.any(carry[0].unfinished)
+
+        zero = jnp.asarray(0, jnp.int32)
+        return lax.while_loop(goes_on, step, (state, zero, zero))
+
+    state = _full_queue(config, allocator)
+    state, _, _ = jax.block_until_ready(steps(state, jnp.int32(1)))
+    samples = []
+    while bool(jnp.any(state.unfinished)):
+        start_s = time.perf_counter()
+        state, count, running = jax.block_until_ready(steps(state, jnp.int32(FLAGS.steps)))
+        elapsed_s = time.perf_counter() - start_s
+        samples.append((int(running) / int(count), elapsed_s / int(count) * 1e6))
+    busiest = max(mean_running for mean_running, _ in samples)
+    busy = [step_us for mean_running, step_us in samples if mean_running > 0.8 * busiest]
+    return {
+        "num_slots": config.num_slots,
+        "num_pages": config.num_pages,
+        "step_us": float(np.median(busy)),
+        "mean_running_at_most": busiest,
+        "steps": int(state.step),
+        "violations": int(jnp.sum(allocator.violations(state.table))),
+    }
+
+
+def _full_queue(config: EngineConfig, allocator: Allocator) -> SchedulerState:
+    """A queue full of requests of random lengths, all waiting."""
+    rng = np.random.default_rng(0)
+    prompt_lens = rng.integers(20, 300, config.num_requests).astype(np.int32)
+    output_lens = rng.integers(20, 400, config.num_requests).astype(np.int32)
+    state = scheduler_state.create(config, allocator)
+    requests = state.requests.replace(
+        prompt_lens=jnp.asarray(prompt_lens),
+        num_tokens=jnp.asarray(prompt_lens).copy(),
+        final_lens=jnp.asarray(prompt_lens + output_lens),
+        arrivals=jnp.arange(config.num_requests, dtype=jnp.int32),
+        phases=jnp.full((config.num_requests,), WAITING, jnp.int32),
+    )
+    return state.replace(requests=requests)
+
+
+if __name__ == "__main__":
+    define_flags()
+    common.run(main)

@@ -1,0 +1,199 @@
+"""The whole engine on a tiny model: what it compiles, copies, refuses, and survives."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpage.config import ConfigError, EngineConfig, ModelConfig
+from jaxpage.engine import loop, step
+from jaxpage.engine.host import Engine, Request
+from jaxpage.engine.step import Setup
+from jaxpage.model.params import init_params
+from jaxpage.model.placement import serving_params
+from jaxpage.model.presets import PRESETS
+from jaxpage.paging.allocator import ALLOCATORS
+from jaxpage.scheduling.policies import POLICIES
+from pallas_kernels.paged_attention import paged_attention
+
+TINY = PRESETS["tiny"]
+CONFIG = EngineConfig(
+    num_slots=4,
+    num_pages=24,
+    page_size=4,
+    pages_per_slot=12,
+    num_requests=8,
+    token_buckets=(4, 16),
+)
+PROMPTS = [tuple(range(1, 4 + 3 * i)) for i in range(6)]
+REQUESTS = [Request(str(i), ids, 9, ignore_eos=True) for i, ids in enumerate(PROMPTS)]
+
+
+def setup_of(
+    config: EngineConfig = CONFIG, model: ModelConfig = TINY, allocator="paged", policy="fcfs"
+) -> Setup:
+    return Setup(model, config, ALLOCATORS[allocator], POLICIES[policy], paged_attention)
+
+
+def params_of(model: ModelConfig = TINY, dtype=jnp.float32):
+    return serving_params(init_params(model, jax.random.key(3), jnp.float32), dtype)
+
+
+def build(setup: Setup | None = None, params=None, kv_dtype=jnp.float32) -> Engine:
+    setup = setup or setup_of()
+    return Engine(params if params is not None else params_of(setup.model), setup, kv_dtype)
+
+
+def outputs(results) -> list[list[int]]:
+    return [result.output_ids for result in results]
+
+
+@pytest.mark.parametrize("allocator", ["paged", "max"])
+@pytest.mark.parametrize("form", ["apart", "stacked"])
+def test_no_step_copies_the_pool(allocator, form):
+    """Temporaries stay far below a large pool, whichever form the weights are in."""
+    config = replace(CONFIG, num_pages=20_000, token_buckets=(4, 16, 32))
+    setup = setup_of(config, allocator=allocator)
+    params = init_params(TINY, jax.random.key(0), jnp.float32)
+    if form == "apart":
+        params = serving_params(params, jnp.float32)
+    state = jax.eval_shape(lambda: step.create(setup, jnp.float32))
+    compiled = loop.serve_steps.lower(params, state, jnp.int32(1), setup=setup).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    pool_bytes = 2 * state.pool.keys.size * 4
+    assert memory.temp_size_in_bytes < pool_bytes / 10
+    assert memory.alias_size_in_bytes > pool_bytes
+
+
+def test_nothing_compiles_while_serving():
+    counted = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, duration_secs, **kwargs: counted.append(event)
+    )
+    engine = build()
+    engine.compile()
+    before = counted.count("/jax/core/compile/backend_compile_duration")
+    assert before > 0
+    engine.serve(REQUESTS)
+    engine.serve([replace(r, temperature=0.7, seed=5, max_new_tokens=3) for r in REQUESTS[:2]])
+    assert counted.count("/jax/core/compile/backend_compile_duration") == before
+
+
+def test_answers_do_not_depend_on_company_allocator_policy_or_form_of_weights():
+    expected = outputs(build().serve(REQUESTS)[0])
+    engine = build()
+    assert [outputs(engine.serve([r])[0])[0] for r in REQUESTS] == expected
+    for allocator in ("oracle", "max"):
+        config = replace(CONFIG, num_pages=32)
+        assert outputs(build(setup_of(config, allocator=allocator)).serve(REQUESTS)[0]) == expected
+    for policy in POLICIES:
+        assert outputs(build(setup_of(policy=policy)).serve(REQUESTS)[0]) == expected
+    stacked = init_params(TINY, jax.random.key(3), jnp.float32)
+    assert outputs(build(params=stacked).serve(REQUESTS)[0]) == expected
+
+
+def test_more_requests_than_the_queue_holds_are_all_served_in_the_order_given():
+    config = replace(CONFIG, num_requests=3)
+    results, journal = build(setup_of(config)).serve(REQUESTS)
+    assert [r.request.id for r in results] == [r.id for r in REQUESTS]
+    assert outputs(results) == outputs(build().serve(REQUESTS)[0])
+    assert journal.num_steps == len(journal.step_times_s)
+
+
+def test_a_row_whose_logits_are_not_finite_ends_alone_and_poisons_no_one_after_it():
+    model = replace(TINY, tie_embeddings=False)
+    params = params_of(model)
+    params["embed"] = params["embed"].at[77].set(jnp.nan)
+    engine = build(setup_of(model=model), params)
+    clean = outputs(engine.serve(REQUESTS)[0])
+    poisoned = Request("bad", (1, 77, 2), 9, ignore_eos=True)
+    results, _ = engine.serve([REQUESTS[0], poisoned, *REQUESTS[1:]])
+    assert results[1].finish_reason == "error"
+    assert "not finite" in str(results[1].error)
+    assert outputs(results[:1] + results[2:]) == clean
+    assert outputs(engine.serve(REQUESTS)[0]) == clean
+
+
+def test_late_arrivals_wait_for_their_time_and_get_the_same_tokens():
+    expected = outputs(build().serve(REQUESTS)[0])
+    engine = build()
+    engine.compile()
+    late = [replace(r, arrival_s=0.05 * i) for i, r in enumerate(REQUESTS)]
+    results, _ = engine.serve(late)
+    assert outputs(results) == expected
+    for result in results:
+        assert result.finish_s >= result.first_token_s >= result.request.arrival_s
+
+
+def test_listeners_hear_every_token_once_and_in_order():
+    heard: dict[str, list[int]] = {}
+    results, journal = build().serve(
+        REQUESTS,
+        steps_per_read=2,
+        on_tokens=lambda request_id, ids: heard.setdefault(request_id, []).extend(ids),
+    )
+    assert heard == {r.request.id: r.output_ids for r in results}
+    assert journal.num_host_reads >= journal.num_steps / 2
+
+
+def test_ids_must_be_distinct():
+    with pytest.raises(ConfigError, match="'0' occurs twice"):
+        build().serve([REQUESTS[0], REQUESTS[0]])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prompt_ids": ()}, "empty"),
+        ({"prompt_ids": (1,) * 60}, "60 tokens"),
+        ({"prompt_ids": (1, 128)}, "128"),
+        ({"prompt_ids": (-1,)}, "-1"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"temperature": -0.5}, "temperature=-0.5"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+)
+def test_a_request_that_cannot_be_served_gets_a_reason_and_the_next_is_served(change, words):
+    engine = shared_engine()
+    bad = replace(REQUESTS[0], id="bad", **change)
+    results, _ = engine.serve([bad, REQUESTS[1]])
+    assert words in str(results[0].error)
+    assert results[0].finish_reason == "error" and results[0].output_ids == []
+    assert results[1].error is None and len(results[1].output_ids) == 9
+
+
+_SHARED: list[Engine] = []
+
+
+def shared_engine() -> Engine:
+    if not _SHARED:
+        _SHARED.append(build())
+    return _SHARED[0]
+
+
+def test_the_recorded_page_map_names_the_owner_of_every_page():
+    config = replace(CONFIG, record_page_map=True)
+    _, journal = build(setup_of(config)).serve(REQUESTS)
+    nobody = config.num_requests
+    for record, owners in zip(journal.records, journal.owners, strict=True):
+        owned = np.asarray(owners) < nobody
+        held = (record["token_states"] + record["reservation"] + record["internal"]) // 4
+        assert owned.sum() == held
+        assert len(set(np.asarray(owners)[owned])) == record["num_running"]
+
+
+def test_bfloat16_serves_and_is_close_to_float32():
+    """Rounded weights and KV move log probabilities by little; the greedy first token stays."""
+    exact = build().serve(REQUESTS)[0]
+    rounded = build(params=params_of(dtype=jnp.bfloat16), kv_dtype=jnp.bfloat16).serve(REQUESTS)[0]
+    for a, b in zip(exact, rounded, strict=True):
+        assert len(a.output_ids) == len(b.output_ids)
+        assert abs(a.logprobs[0] - b.logprobs[0]) < 0.05

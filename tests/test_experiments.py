@@ -1,0 +1,181 @@
+"""The scripts as a user meets them: the contract of their files, and what bad input says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_script(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"experiments.{name}", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def write_jsonl(path: Path, *lines: dict) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def generate(tmp_path: Path, *lines: dict, flags: tuple[str, ...] = ()):
+    prompts = write_jsonl(tmp_path / "in.jsonl", *lines)
+    out = tmp_path / "out.jsonl"
+    done = run_script(
+        "generate", "--model=tiny", f"--prompts={prompts}", f"--out={out}", "--num_slots=2", *flags
+    )
+    return done, [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+
+
+def assert_fails_with(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode != 0
+    last_line = done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in last_line
+
+
+def test_a_bad_request_is_refused_alone_and_the_others_are_answered(tmp_path):
+    done, rows = generate(
+        tmp_path,
+        {"id": "good", "prompt_ids": [1, 2, 3], "max_new_tokens": 5},
+        {"id": "empty", "prompt_ids": []},
+        {"id": "outside", "prompt_ids": [1, 128]},
+        {"id": "negative", "prompt_ids": [-1]},
+        {"id": "zero", "prompt_ids": [1], "max_new_tokens": 0},
+        {"id": "minus", "prompt_ids": [1], "max_new_tokens": -3},
+        {"id": "long", "prompt_ids": [1] * 600},
+        {"id": "text", "prompt": "no tokenizer for this one"},
+        {"id": "kind", "prompt_ids": "123"},
+        {"id": 7, "prompt_ids": [4], "max_new_tokens": 2, "seed": 3},
+        flags=("--ignore_eos", "--max_new_tokens=4"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.strip().splitlines()[-1])["errors"] == 8
+    by_id = {row["id"]: row for row in rows}
+    assert [row["id"] for row in rows][:2] == ["good", "empty"]
+    assert len(by_id["good"]["output_ids"]) == 5
+    assert by_id["good"]["finish_reason"] == "length"
+    assert len(by_id[7]["output_ids"]) == 2
+    said = {
+        "empty": "empty",
+        "outside": "128",
+        "negative": "-1",
+        "zero": "max_new_tokens=0",
+        "minus": "max_new_tokens=-3",
+        "long": "600",
+        "text": "tokenizer",
+        "kind": "prompt_ids",
+    }
+    for request_id, word in said.items():
+        assert by_id[request_id]["output_ids"] == []
+        assert by_id[request_id]["finish_reason"] == "error"
+        assert word in by_id[request_id]["error"]
+
+
+def test_a_request_larger_than_the_pool_is_refused_alone(tmp_path):
+    done, rows = generate(
+        tmp_path,
+        {"id": "small", "prompt_ids": [1, 2], "max_new_tokens": 3},
+        {"id": "large", "prompt_ids": [1] * 60, "max_new_tokens": 30},
+        flags=("--num_pages=4", "--ignore_eos"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(rows[0]["output_ids"]) == 3
+    assert "pages" in rows[1]["error"]
+
+
+def test_outputs_do_not_depend_on_page_size_or_slots(tmp_path):
+    lines = [{"id": str(i), "prompt_ids": list(range(1, 5 + 7 * i))} for i in range(4)]
+    shared = ("--ignore_eos", "--max_new_tokens=12")
+    _, rows = generate(tmp_path, *lines, flags=shared)
+    _, others = generate(tmp_path, *lines, flags=(*shared, "--page_size=3", "--num_slots=3"))
+    assert [row["output_ids"] for row in rows] == [row["output_ids"] for row in others]
+    assert len(rows) == 4
+
+
+def test_a_repeated_id_refuses_the_file(tmp_path):
+    line = {"id": "a", "prompt_ids": [1]}
+    done, _ = generate(tmp_path, line, line)
+    assert_fails_with(done, ":2:", "'a'", "line 1")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{not json}\n", (":1:", "not JSON")),
+        ("[1, 2]\n", (":1:", "object")),
+        ('{"prompt_ids": [1]}\n', (":1:", '"id"')),
+        ("\n", ("no prompts",)),
+    ],
+)
+def test_a_file_that_is_no_list_of_prompts_is_refused_with_the_line(tmp_path, text, words):
+    prompts = tmp_path / "in.jsonl"
+    prompts.write_text(text)
+    done = run_script(
+        "generate", "--model=tiny", f"--prompts={prompts}", f"--out={tmp_path / 'out.jsonl'}"
+    )
+    assert_fails_with(done, *words)
+
+
+def test_an_unknown_model_is_named(tmp_path):
+    prompts = write_jsonl(tmp_path / "in.jsonl", {"id": "a", "prompt_ids": [1]})
+    out = tmp_path / "out.jsonl"
+    done = run_script("generate", "--model=gpt-5", f"--prompts={prompts}", f"--out={out}")
+    assert_fails_with(done, "gpt-5")
+
+
+def test_a_wrong_dtype_lists_the_right_ones(tmp_path):
+    done, _ = generate(tmp_path, {"id": "a", "prompt_ids": [1]}, flags=("--dtype=int4",))
+    assert done.returncode != 0
+    assert "float32" in done.stderr and "bfloat16" in done.stderr
+
+
+def test_an_output_that_cannot_be_written_fails_before_the_work(tmp_path):
+    prompts = write_jsonl(tmp_path / "in.jsonl", {"id": "a", "prompt_ids": [1]})
+    done = run_script(
+        "generate", "--model=tiny", f"--prompts={prompts}", f"--out={tmp_path / 'no' / 'out'}"
+    )
+    assert_fails_with(done, "cannot write", "No such file")
+
+
+def test_a_missing_prompt_file_is_named(tmp_path):
+    missing = tmp_path / "none.jsonl"
+    done = run_script(
+        "generate", "--model=tiny", f"--prompts={missing}", f"--out={tmp_path / 'out.jsonl'}"
+    )
+    assert_fails_with(done, "none.jsonl", "no such file")
+
+
+def test_a_budget_below_one_page_is_refused(tmp_path):
+    done = run_script("serve", "--kv_bytes=1000", "--requests=2", f"--out={tmp_path}")
+    assert_fails_with(done, "kv_bytes=1000", "raise it")
+
+
+def test_the_bench_prints_its_contract_and_compiles_nothing_while_serving(tmp_path):
+    workload = write_jsonl(
+        tmp_path / "w.jsonl",
+        {"prompt_ids": [1, 2, 3], "max_new_tokens": 6},
+        {"prompt_ids": [4, 5], "max_new_tokens": 9},
+    )
+    done = run_script("bench_engine", "--model=tiny", f"--workload={workload}", "--num_slots=2")
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout.strip().splitlines()[-1])
+    assert row["output_tokens"] == 15
+    assert row["recompiles"] == 0
+    for name in ("output_tokens_per_s", "total_tokens_per_s", "compile_s", "steps",
+                 "peak_rss_bytes", "host_transfers_per_step"):  # fmt: skip
+        assert row[name] > 0
+
+
+@pytest.mark.parametrize("name", ["generate", "serve", "bench_engine", "bench_scheduler", "demo"])
+def test_help_explains_every_flag_in_sentences(name):
+    done = run_script(name, "--help")
+    assert "python -m experiments." in done.stdout
+    ours = done.stdout.split("absl.app:")[0]
+    assert ours.count("--") > 2
+    for flag in ("--policy", "--out"):
+        if flag in ours:
+            assert ours.split(flag)[1].split("--")[0].count(".") > 0

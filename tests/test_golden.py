@@ -1,0 +1,152 @@
+"""The real SmolLM2-135M, token for token against transformers' float32 greedy outputs.
+
+The fixture's smallest margin between the two likeliest tokens is above 1e-3, far above float32
+rounding, so every comparison is exact.
+"""
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpage.checkpoint.load import load_model
+from jaxpage.config import EngineConfig
+from jaxpage.engine.host import Engine, Request, Result
+from jaxpage.engine.step import Setup
+from jaxpage.model.placement import serving_params
+from jaxpage.paging.allocator import ALLOCATORS
+from jaxpage.scheduling.policies import POLICIES
+from pallas_kernels.paged_attention import paged_attention
+
+GOLDEN = json.loads(
+    (Path(__file__).parent / "golden" / "smollm2_135m_f32_greedy.json").read_text()
+)["items"]
+NEW_TOKENS = 64
+LONGEST = max(len(item["prompt_ids"]) for item in GOLDEN) + NEW_TOKENS
+
+REQUESTS = [
+    Request(str(i), tuple(item["prompt_ids"]), NEW_TOKENS, ignore_eos=True)
+    for i, item in enumerate(GOLDEN)
+]
+EXPECTED = {str(i): item["output_ids"] for i, item in enumerate(GOLDEN)}
+
+
+@cache
+def smollm2():
+    """Configuration and parameters, loaded once for all tests."""
+    model = load_model("smollm2-135m", jnp.float32)
+    return model.config, serving_params(model.params, jnp.float32)
+
+
+def build(
+    page_size: int,
+    num_pages: int,
+    allocator: str = "paged",
+    batch_invariant: bool = False,
+    policy: str = "fcfs",
+) -> Engine:
+    model, params = smollm2()
+    config = EngineConfig(
+        num_slots=8,
+        num_pages=num_pages,
+        page_size=page_size,
+        pages_per_slot=-(-LONGEST // page_size),
+        num_requests=8,
+        token_buckets=(32,) if batch_invariant else (8, 96),
+        batch_invariant=batch_invariant,
+    )
+    setup = Setup(model, config, ALLOCATORS[allocator], POLICIES[policy], paged_attention)
+    return Engine(params, setup, jnp.float32)
+
+
+def check(results: list[Result]) -> None:
+    for result in results:
+        assert result.error is None
+        assert result.finish_reason == "length"
+        assert result.output_ids == EXPECTED[result.request.id]
+
+
+def check_nothing_is_held(engine: Engine) -> None:
+    table = engine.state.scheduler.table
+    assert not np.any(np.asarray(engine.setup.allocator.violations(table)))
+    assert int(table.num_free) == engine.setup.engine.num_pages
+
+
+def pool_of(tokens: int, page_size: int) -> int:
+    return -(-tokens // page_size)
+
+
+def test_outputs_are_the_references_singly_together_and_in_any_order():
+    engine = build(page_size=16, num_pages=pool_of(8 * LONGEST, 16))
+    check(engine.serve(REQUESTS)[0])
+    check(engine.serve(REQUESTS[::-1])[0])
+    for request in REQUESTS[::3]:
+        check(engine.serve([request])[0])
+    check_nothing_is_held(engine)
+
+
+@pytest.mark.parametrize("page_size", [1, 8, 64])
+def test_a_pool_so_small_that_it_preempts_changes_no_token(page_size):
+    engine = build(page_size, num_pages=pool_of(2 * LONGEST, page_size))
+    results, journal = engine.serve(REQUESTS)
+    check(results)
+    check_nothing_is_held(engine)
+    assert sum(result.num_preemptions for result in results) > 0
+    assert sum(record["num_preempted"] for record in journal.records) > 0
+
+
+@pytest.mark.parametrize("allocator", ["max", "pow2", "oracle"])
+def test_every_contiguous_allocator_gives_the_same_tokens(allocator):
+    engine = build(16, num_pages=24, allocator=allocator)
+    results, journal = engine.serve(REQUESTS)
+    check(results)
+    check_nothing_is_held(engine)
+    assert max(record["num_running"] for record in journal.records) < len(REQUESTS)
+
+
+def test_with_batch_invariance_log_probabilities_are_equal_to_the_bit_in_any_company():
+    """Alone, together, in another order, and with a pool that makes the engine preempt."""
+    roomy = build(16, num_pages=pool_of(8 * LONGEST, 16), batch_invariant=True)
+    together = {r.request.id: r for r in roomy.serve(REQUESTS)[0]}
+    check(list(together.values()))
+    reversed_order = roomy.serve(REQUESTS[::-1])[0]
+    alone = [roomy.serve([request])[0][0] for request in REQUESTS[::3]]
+    tight = build(16, num_pages=pool_of(2 * LONGEST, 16), batch_invariant=True)
+    preempted = tight.serve(REQUESTS)[0]
+    assert sum(result.num_preemptions for result in preempted) > 0
+    for result in (*reversed_order, *alone, *preempted):
+        expected = together[result.request.id]
+        assert result.output_ids == expected.output_ids
+        assert result.logprobs == expected.logprobs
+
+
+def test_sampled_tokens_do_not_depend_on_the_company_or_the_order():
+    warm = [
+        replace(request, temperature=0.9, top_k=50, top_p=0.95, seed=7 + i, max_new_tokens=24)
+        for i, request in enumerate(REQUESTS)
+    ]
+    engine = build(16, num_pages=pool_of(8 * LONGEST, 16), batch_invariant=True)
+    together = {r.request.id: r.output_ids for r in engine.serve(warm)[0]}
+    for result in (*engine.serve(warm[::-1])[0], *engine.serve(warm[2:3])[0]):
+        assert result.output_ids == together[result.request.id]
+    other_seed = engine.serve([replace(warm[2], seed=1234)])[0][0]
+    assert other_seed.output_ids != together[warm[2].id]
+
+
+def test_an_answer_ends_at_its_eos_token_unless_that_is_ignored():
+    engine = build(16, num_pages=pool_of(8 * LONGEST, 16))
+    (eos_id,) = smollm2()[0].eos_ids
+    honoured = [replace(request, ignore_eos=False) for request in REQUESTS]
+    num_stopped = 0
+    for result in engine.serve(honoured)[0]:
+        expected = EXPECTED[result.request.id]
+        if eos_id in expected:
+            expected = expected[: expected.index(eos_id) + 1]
+            assert result.finish_reason == "stop"
+            num_stopped += 1
+        assert result.output_ids == expected
+    assert num_stopped > 0
