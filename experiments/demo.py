@@ -5,7 +5,7 @@
 Serves 64 ShareGPT prompts with SmolLM2-135M under `paged`, `oracle`, `pow2` and `max`, answers a
 few questions, and prints a table and the article's claims beside what was measured. DIR gets
 `results.jsonl`, `answers.jsonl`, `claims.jsonl`, three pictures, and a folder for each run as
-`experiments.serve` writes it. Five minutes on two idle cores, plus half a minute on first use.
+`experiments.serve` writes it. Some eight minutes on two cores: the phases print theirs.
 Expected: the same tokens under every allocator; `max` runs 7 requests at once and `paged` about 19,
 as in the paper's Fig 13 (7 and 30). It would be refuted if `paged` batched no more than `oracle`.
 """

@@ -320,8 +320,8 @@ def _foot(figure: Figure, text: str) -> None:
 
 
 def _compare(values: dict[str, str]) -> str:
-    """The values of `paged` and `max` in a few words; of whichever there are if not these."""
-    names = [name for name in ("paged", "max") if name in values] or list(values)
+    """The values of `paged` and `max` in a few words; all values if one of these is missing."""
+    names = ("paged", "max") if {"paged", "max"} <= set(values) else tuple(values)
     return ", ".join(f"{values[name]} {LABELS.get(name, name)}" for name in names)
 
 

@@ -23,6 +23,7 @@ def summary(allocator: str, tokens_per_s: float, shares: tuple[float, ...], **mo
         "preemptions": 3,
         "wall_s": 100.0,
         "steps": 1000,
+        "waiting_steps": 800,
         "device": "cpu",
         **{f"{name}_share": share for name, share in zip(names, shares, strict=True)},
         **more,
@@ -86,6 +87,16 @@ def test_claims_about_a_failed_run_are_not_measured():
     for title in ("reserving the longest", "run at once", "throughput"):
         assert text_of(title, found).ours == claims.NOT_MEASURED
     assert text_of("on-demand", found).basis == claims.MEASURED
+
+
+def test_a_run_with_hardly_anyone_waiting_says_nothing_about_full_memory():
+    idle = summary("paged", 150.0, (0.09, 0.01, 0.0, 0.9), waiting_steps=1)
+    found = claims.run_claims(ROWS | {"paged": idle})
+    for title in ("on-demand", "run at once"):
+        claim = text_of(title, found)
+        assert claim.basis == claims.NOT_MEASURED
+        assert "waited in only 1 of 1000 steps" in claim.ours
+    assert text_of("reserving the longest", found).basis == claims.MEASURED
 
 
 def test_claims_without_any_run_still_print():

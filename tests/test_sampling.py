@@ -87,6 +87,15 @@ def test_temperature_with_a_top_k_of_one_is_greedy_where_there_is_no_tie():
     assert tokens.tolist() == np.argmax(logits, axis=-1).tolist()
 
 
+@pytest.mark.parametrize("temperature", (1e-3, 1e-9, 1e-30, 1e-37))
+def test_a_temperature_near_zero_is_nearly_greedy_and_never_overflows(temperature):
+    logits = np.array([[40.0, 50.0, -20.0, 3.0], [-90.0, -80.0, -70.0, -95.0]])
+    for cuts in ({}, {"top_k": 3}, {"top_p": 0.9}):
+        tokens, _, failed = choose(logits, temperature=temperature, **cuts)
+        assert tokens.tolist() == [1, 2]
+        assert not failed.any()
+
+
 # --- cuts ----------------------------------------------------------------------------------------
 
 
@@ -208,12 +217,13 @@ def test_the_penalty_is_that_of_numpy(factor):
 
 
 def test_the_penalty_changes_the_choice_and_not_the_reported_probability():
-    logits = np.array([[2.0, 1.9, -1.0], [-0.5, -0.6, -3.0]])
-    seen = [[0, 3], [0, 3]]
+    logits = np.array([[2.0, 1.9, -1.0], [-0.5, -0.6, -3.0], [2.0, 1.0, -1.0]])
+    seen = [[0, 3]] * 3
     tokens, logprobs, _ = choose(logits, seen=seen, penalty=1.5)
-    assert tokens.tolist() == [1, 1]
-    np.testing.assert_allclose(logprobs, log_softmax(logits)[:, 1], rtol=1e-6)
-    assert choose(logits, seen=seen)[0].tolist() == [0, 0]
+    assert tokens.tolist() == [1, 1, 0]  # the last in spite of its penalty
+    expected = log_softmax(logits)[np.arange(3), tokens]
+    np.testing.assert_allclose(logprobs, expected, rtol=1e-6)
+    assert choose(logits, seen=seen)[0].tolist() == [0, 0, 0]
 
 
 # --- log-probabilities and failures --------------------------------------------------------------

@@ -87,7 +87,8 @@ def keep_top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
 
 def _draw(logits: jax.Array, sampling: Sampling, positions: jax.Array) -> jax.Array:
     """A draw a row from the cut and tempered distribution, by the Gumbel trick."""
-    warm = jnp.where(sampling.temperature > 0.0, sampling.temperature, 1.0)
+    # At least 1e-30, which is greedy already: less would take the quotients to infinity.
+    warm = jnp.where(sampling.temperature > 0.0, jnp.maximum(sampling.temperature, 1e-30), 1.0)
     tempered = logits / warm[:, None]
     cut = lax.cond(
         jnp.any(sampling.top_k > 0), lambda: keep_top_k(tempered, sampling.top_k), lambda: tempered

@@ -40,6 +40,7 @@ def summarise(
         "total_tokens_per_s": (num_prompt_tokens + num_output_tokens) / wall_s,
         "wall_s": wall_s,
         "steps": len(records),
+        "waiting_steps": sum(record["num_waiting"] > 0 for record in records),
         "mean_batched_requests": float(np.mean([record["num_running"] for record in full])),
         "normalized_latency_s_per_token": float(np.mean(latencies)) if len(latencies) else 0.0,
         "preemptions": sum(record["num_preempted"] for record in records),
