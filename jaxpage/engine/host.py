@@ -140,7 +140,7 @@ class Engine:
         if not 0 <= request.seed < 2**32:
             return f"seed={request.seed} must be in [0, 2**32)"
         refused = {
-            "temperature": not request.temperature >= 0,
+            "temperature": not 0 <= request.temperature < float("inf"),
             "top_k": request.top_k < 0,
             "top_p": not 0 < request.top_p <= 1,
             "repetition_penalty": not request.repetition_penalty > 0,

@@ -21,12 +21,25 @@ def sample(
     probability under the model's own distribution `f32[n]`, and rows that failed, whose logits
     are not finite, `bool[n]`.
 
-    What no row asks for is not computed: a greedy batch pays for one pass over the logits.
+    What no row asks for is not computed: a greedy batch pays for three passes over the logits.
     """
     peak = jnp.max(logits, axis=-1)
     log_sum = peak + jnp.log(jnp.sum(jnp.exp(logits - peak[:, None]), axis=-1))
-    failed = ~jnp.isfinite(log_sum)
+    is_plain = (sampling.temperature <= 0.0) & (sampling.repetition_penalty == 1.0)
+    # The branches return tokens, since one that returned logits would copy them.
+    tokens = lax.cond(
+        jnp.all(is_plain),
+        lambda: first_index_of(logits, peak),
+        lambda: _choose(logits, sampling, positions, seen),
+    )
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return tokens, chosen - log_sum, ~jnp.isfinite(log_sum)
 
+
+def _choose(
+    logits: jax.Array, sampling: Sampling, positions: jax.Array, seen: jax.Array
+) -> jax.Array:
+    """The tokens of rows of which some draw or are penalised, `i32[n]`."""
     penalised = lax.cond(
         jnp.any(sampling.repetition_penalty != 1.0),
         lambda: penalise_repetition(logits, sampling.repetition_penalty, seen),
@@ -38,17 +51,22 @@ def sample(
         lambda: _draw(penalised, sampling, positions),
         lambda: greedy,
     )
-    tokens = jnp.where(sampling.temperature > 0.0, drawn, greedy)
-    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    return tokens, chosen - log_sum, failed
+    return jnp.where(sampling.temperature > 0.0, drawn, greedy)
 
 
 def first_argmax(values: jax.Array) -> jax.Array:
-    """The first index of each row's maximum, `i32[n]`: two plain reductions, which vectorise."""
+    """The first index of each row's maximum, `i32[n]`."""
+    return first_index_of(values, jnp.max(values, axis=-1))
+
+
+def first_index_of(values: jax.Array, wanted: jax.Array) -> jax.Array:
+    """The first index in each row of `values` that holds `wanted: f32[n]`, the last if none does.
+
+    With the maximum this is an argmax of plain reductions, which vectorise.
+    """
+    last = values.shape[-1] - 1
     index = jnp.arange(values.shape[-1], dtype=jnp.int32)[None]
-    is_peak = values == jnp.max(values, axis=-1, keepdims=True)
-    found = jnp.min(jnp.where(is_peak, index, values.shape[-1]), axis=-1)
-    return jnp.minimum(found, values.shape[-1] - 1)  # a row of NaN finds none
+    return jnp.min(jnp.where(values == wanted[:, None], index, last), axis=-1)
 
 
 def penalise_repetition(logits: jax.Array, penalty: jax.Array, seen: jax.Array) -> jax.Array:
