@@ -9,13 +9,14 @@ PREFILL_TOKENS = 512  # a step of this size runs the products at their full rate
 
 
 def token_buckets(num_slots: int, max_seq_len: int) -> tuple[int, ...]:
-    """Step sizes: few running, all running, a little prompt, much prompt.
+    """Step sizes: a third, two thirds, or all of the slots generate; a little prompt; much prompt.
 
-    A bucket beyond what all slots could ever bring at once is left out.
+    Thirds are rounded up to fours, the height of a CPU product's tile. A bucket beyond what
+    all slots could ever bring at once is left out.
     """
     largest = max(num_slots, min(PREFILL_TOKENS, num_slots * max_seq_len))
-    sizes = {max(num_slots // 4, 1), num_slots, min(4 * num_slots, largest), largest}
-    return tuple(sorted(sizes))
+    thirds = (min(-(-num_slots * n // 12) * 4, num_slots) for n in (1, 2))
+    return tuple(sorted({*thirds, num_slots, min(4 * num_slots, largest), largest}))
 
 
 def engine_config(
