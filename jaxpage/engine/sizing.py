@@ -5,7 +5,9 @@ from jax.typing import DTypeLike
 from jaxpage.config import EngineConfig, ModelConfig, require
 from jaxpage.paging.kv_pool import num_pages_in
 
-PREFILL_TOKENS = 512  # a step of this size runs the products at their full rate on CPUs
+# Steps that bring prompts. Of 512 tokens CPUs multiply at their full rate; the smaller ones are for
+# the prompt that joins when a sequence has ended, which would pay for 512 as well.
+PREFILL_TOKENS = (128, 256, 512)
 
 
 def token_buckets(num_slots: int, max_seq_len: int) -> tuple[int, ...]:
@@ -14,9 +16,10 @@ def token_buckets(num_slots: int, max_seq_len: int) -> tuple[int, ...]:
     Thirds are rounded up to fours, the height of a CPU product's tile. A bucket beyond what
     all slots could ever bring at once is left out.
     """
-    largest = max(num_slots, min(PREFILL_TOKENS, num_slots * max_seq_len))
+    most = num_slots * max_seq_len
     thirds = (min(-(-num_slots * n // 12) * 4, num_slots) for n in (1, 2))
-    return tuple(sorted({*thirds, num_slots, min(4 * num_slots, largest), largest}))
+    prompts = (min(size, most) for size in PREFILL_TOKENS)
+    return tuple(sorted({*thirds, num_slots, *(size for size in prompts if size > num_slots)}))
 
 
 def engine_config(
