@@ -5,9 +5,9 @@ from jax.typing import DTypeLike
 from jaxpage.config import EngineConfig, ModelConfig, require
 from jaxpage.paging.kv_pool import num_pages_in
 
-# Steps that bring prompts. Of 512 tokens CPUs multiply at their full rate; the smaller ones are for
-# the prompt that joins when a sequence has ended, which would pay for 512 as well.
-PREFILL_TOKENS = (128, 256, 512)
+# Steps that bring prompts. Of 512 tokens CPUs multiply at their full rate; 256 is for the prompt
+# that joins when a sequence has ended, which would pay for 512 as well.
+PREFILL_TOKENS = (256, 512)
 
 
 def token_buckets(num_slots: int, max_seq_len: int) -> tuple[int, ...]:
