@@ -51,10 +51,12 @@ def outputs(results) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("allocator", ["paged", "max"])
-@pytest.mark.parametrize("form", ["apart", "stacked"])
-def test_no_step_copies_the_pool(allocator, form):
+@pytest.mark.parametrize(("form", "num_slots"), [("apart", 4), ("stacked", 4), ("apart", 1)])
+def test_no_step_copies_the_pool(allocator, form, num_slots):
     """Temporaries stay far below a large pool, whichever form the weights are in."""
-    config = replace(CONFIG, num_pages=20_000, token_buckets=(4, 16, 32))
+    config = replace(
+        CONFIG, num_pages=20_000, num_slots=num_slots, token_buckets=(num_slots, 16, 32)
+    )
     setup = setup_of(config, allocator=allocator)
     params = init_params(TINY, jax.random.key(0), jnp.float32)
     if form == "apart":

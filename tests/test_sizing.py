@@ -80,9 +80,9 @@ def test_the_pool_factor_multiplies_the_pages_and_nothing_else():
     assert plain.token_buckets == large.token_buckets
 
 
-def test_batch_invariance_leaves_the_largest_bucket_alone():
+def test_batch_invariance_has_one_bucket_for_all_slots_and_as_many_prompt_tokens():
     config = engine_config(SMOL, **WANTED, batch_invariant=True, record_page_map=True)
-    assert config.token_buckets == (512,)
+    assert config.token_buckets == (2 * WANTED["num_slots"],)
     assert config.batch_invariant and config.record_page_map
 
 

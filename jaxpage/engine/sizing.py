@@ -40,6 +40,7 @@ def engine_config(
 
     The pool has `num_pages` pages or what `kv_bytes` bytes hold; by default enough for every slot
     to be full, so that nothing is ever preempted. `pool_factor` multiplies it, for experiments.
+    With `batch_invariant` every step is of one size: all slots, and as many prompt tokens.
 
     Raises:
       ConfigError: the budget holds no page, or a number is out of range.
@@ -65,7 +66,7 @@ def engine_config(
         page_size=page_size,
         pages_per_slot=pages_per_slot,
         num_requests=num_requests,
-        token_buckets=buckets[-1:] if batch_invariant else buckets,
+        token_buckets=(2 * num_slots,) if batch_invariant else buckets,
         record_page_map=record_page_map,
         batch_invariant=batch_invariant,
     )

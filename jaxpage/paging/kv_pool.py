@@ -59,8 +59,12 @@ def write(
 
     A token whose page is not below `P` is written nowhere.
     """
-    index = jnp.where(pages < pool.num_pages, pages, pool.keys.shape[0] * pool.num_pages)
-    index = index + layer * pool.num_pages
+    nowhere = pool.keys.shape[0] * pool.num_pages
+    index = jnp.where(pages < pool.num_pages, pages + layer * pool.num_pages, nowhere)
+    if index.shape == (1,):
+        # XLA turns a scatter of one into a slice update that copies the pool; of two, it does not.
+        index = jnp.concatenate([index, jnp.full((1,), nowhere, index.dtype)])
+        offsets, keys, values = (jnp.repeat(x, 2, axis=0) for x in (offsets, keys, values))
 
     def scatter(held: jax.Array, new: jax.Array) -> jax.Array:
         flat = held.reshape(-1, *held.shape[2:])
