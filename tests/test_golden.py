@@ -91,7 +91,7 @@ def test_outputs_are_the_references_singly_together_and_in_any_order():
 
 @pytest.mark.parametrize("page_size", [1, 8, 64])
 def test_a_pool_so_small_that_it_preempts_changes_no_token(page_size):
-    engine = build(page_size, num_pages=pool_of(2 * LONGEST, page_size))
+    engine = build(page_size, num_pages=pool_of(LONGEST, page_size) * 3 // 2)
     results, journal = engine.serve(REQUESTS)
     check(results)
     check_nothing_is_held(engine)
@@ -115,7 +115,7 @@ def test_with_batch_invariance_log_probabilities_are_equal_to_the_bit_in_any_com
     check(list(together.values()))
     reversed_order = roomy.serve(REQUESTS[::-1])[0]
     alone = [roomy.serve([request])[0][0] for request in REQUESTS[::3]]
-    tight = build(16, num_pages=pool_of(2 * LONGEST, 16), batch_invariant=True)
+    tight = build(16, num_pages=pool_of(LONGEST, 16) * 3 // 2, batch_invariant=True)
     preempted = tight.serve(REQUESTS)[0]
     assert sum(result.num_preemptions for result in preempted) > 0
     for result in (*reversed_order, *alone, *preempted):
