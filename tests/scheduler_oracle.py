@@ -219,7 +219,7 @@ class SchedulerOracle:
         while line := self.in_phase("preempted") or self.in_phase("waiting"):
             head, empty = line[0], [i for i in range(self.num_slots) if not self.in_slot(i)]
             running = self.in_phase("running")
-            owed = sum(pages(len(s.tokens)) - pages(s.computed) + 1 for s in running)
+            owed = sum(pages(len(s.tokens)) - pages(s.computed) for s in running)
             count = self._share(head, left)
             if not empty or count == 0 or not self.memory.admit(empty[0], head, owed):
                 return

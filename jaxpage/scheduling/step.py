@@ -259,9 +259,9 @@ def _admit(
 ) -> tuple[SchedulerState, jax.Array]:
     """Admits from the head of the line while a slot, budget and pages are left; `counts` too.
 
-    Pages that running sequences still need for tokens already known are owed to them, and one
-    more each, so that a prompt once begun is not starved by the next, nor one that is admitted
-    preempted within a page of tokens. The line never moves past a head that does not fit.
+    Pages that running sequences still need for tokens already known are owed to them, so that
+    a prompt once begun is not starved by the next. The line never moves past a head that does
+    not fit.
     """
     requests = state.requests
 
@@ -288,7 +288,7 @@ def _admit(
         phases = phases.at[jnp.where(admitted, request, phases.shape[0])].set(RUNNING, mode="drop")
         slots = slots.at[row].set(request, mode="drop")
         counts = counts.at[row].set(candidate.count, mode="drop")
-        owed = owed + pages(known) + 1
+        owed = owed + pages(known)
         following = head(phases, slots, counts)
         following = following._replace(possible=following.possible & admitted)
         return following, table, phases, slots, counts, owed
@@ -296,7 +296,7 @@ def _admit(
     first = head(requests.phases, state.slots, counts)
     first = first._replace(possible=first.possible & may_admit)
     known = _of_slots(requests.num_tokens, state.slots)
-    owed = jnp.sum(pages(known) - pages(state.table.lengths) + state.running.astype(jnp.int32))
+    owed = jnp.sum(pages(known) - pages(state.table.lengths))
     carry = (first, state.table, requests.phases, state.slots, counts, owed)
     _, table, phases, slots, counts, _ = lax.while_loop(
         lambda carry: carry[0].possible, admit_one, carry
