@@ -22,9 +22,8 @@ $(STAMP): pyproject.toml Makefile
 demo: setup ## Serve 64 real prompts under four allocators; tables and pictures in results/demo
 	$(BIN)/python -m experiments.demo --out=results/demo
 
-test: setup ## Run the tests, the real model's in a process of their own
-	$(BIN)/python -m pytest --ignore=tests/test_golden.py
-	$(BIN)/python -m pytest tests/test_golden.py
+test: setup ## Run the tests
+	$(BIN)/python -m pytest
 
 test-slow: setup ## Run the exhaustive checks as well (tens of minutes)
 	$(BIN)/python -m pytest -m 'slow or not slow'

@@ -5,9 +5,10 @@
 Serves 64 ShareGPT prompts with SmolLM2-135M under `paged`, `oracle`, `pow2` and `max`, answers a
 few questions, and prints a table and the article's claims beside what was measured. DIR gets
 `results.jsonl`, `answers.jsonl`, `claims.jsonl`, three pictures, and a folder for each run as
-`experiments.serve` writes it. Some eight minutes on two cores: the phases print theirs.
-Expected: the same tokens under every allocator; `max` runs 7 requests at once and `paged` about 19,
-as in the paper's Fig 13 (7 and 30). It would be refuted if `paged` batched no more than `oracle`.
+`experiments.serve` writes it. Eight to ten minutes on two cores, half a minute of them for the
+conversion on first use. Expected: the same tokens under every allocator; `max` runs 15 requests at
+once and `paged` about 37 (the paper's Fig 13: 7 and 30). It would be refuted if `paged` batched no
+more than `oracle`.
 """
 
 import time
