@@ -1,11 +1,12 @@
 """One step of the engine: plan, execute on the model, commit. All pure.
 
 The executor here is the model. It packs the plan's tokens, row after row, into the smallest token
-bucket that holds them; each bucket has a branch of its own, so that a step of eight tokens does
-not pay for five hundred.
+bucket that holds them; each bucket is a branch of one `lax.switch`, so that a step of eight tokens
+does not pay for five hundred.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -85,16 +86,8 @@ def execute(
     """Carries out a plan with the model: writes KV, samples where the plan says so."""
     buckets = setup.engine.token_buckets
     chosen = jnp.sum(plan.num_tokens > jnp.asarray(buckets[:-1], jnp.int32), dtype=jnp.int32)
-    carry = (pool, _nothing_sampled(setup.engine.num_slots))
-    for index, bucket in enumerate(buckets):
-        carry = _if_so(
-            chosen == index,
-            lambda carry, bucket=bucket: _execute_bucket(
-                bucket, setup, params, carry[0], plan, requests
-            ),
-            carry,
-        )
-    return carry
+    branches = [partial(_execute_bucket, bucket, setup) for bucket in buckets]
+    return lax.switch(chosen, branches, params, pool, plan, requests)
 
 
 def pack(plan: Plan, requests: Requests, num_tokens: int, page_size: int, null_page: int) -> Batch:
@@ -117,17 +110,6 @@ def pack(plan: Plan, requests: Requests, num_tokens: int, page_size: int, null_p
         lengths=jnp.where(plan.counts > 0, plan.lengths, 0),
         page_indices=plan.page_indices,
     )
-
-
-def _if_so(condition: jax.Array, body, carry):
-    """`body(carry)` if `condition`, else `carry`: a loop of at most one turn.
-
-    `lax.cond` and `lax.switch` say the same, but with unrolled layers XLA copies the whole pool
-    where a branch begins and ends; what a loop carries, it writes in place.
-    """
-    turn = (condition, carry)
-    turn = lax.while_loop(lambda turn: turn[0], lambda turn: (~turn[0], body(turn[1])), turn)
-    return turn[1]
 
 
 def _execute_bucket(
