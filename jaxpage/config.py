@@ -78,8 +78,10 @@ class EngineConfig:
     """Capacities of a serving state. All contents are data; only these compile.
 
     `token_buckets` are the step sizes that get a compiled branch, ascending; the last is the
-    step's token budget. `log_steps` is how many step records the device holds before the host
-    must read them.
+    step's token budget. `headroom_pages` is how many pages beyond those of its known tokens each
+    running sequence must be able to take, as far as it can come to need them, when another is
+    admitted: who is let in then is not preempted a few tokens later. `log_steps` is how many step
+    records the device holds before the host must read them.
     """
 
     num_slots: int
@@ -88,6 +90,7 @@ class EngineConfig:
     pages_per_slot: int
     num_requests: int
     token_buckets: tuple[int, ...]
+    headroom_pages: int = 0
     log_steps: int = 64
     record_page_map: bool = False
     batch_invariant: bool = False
@@ -97,6 +100,10 @@ class EngineConfig:
                       "log_steps"):  # fmt: skip
             value = getattr(self, field)
             require(value > 0, f"{field}={value} must be positive")
+        require(
+            self.headroom_pages >= 0,
+            f"headroom_pages={self.headroom_pages} must not be negative: 0 keeps none",
+        )
         buckets = self.token_buckets
         require(
             len(buckets) > 0 and min(buckets) > 0 and list(buckets) == sorted(set(buckets)),

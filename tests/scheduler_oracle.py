@@ -84,8 +84,8 @@ class PagedMemory:
     def pages(self, num_tokens: int) -> int:
         return ceil_div(num_tokens, self.table.page_size)
 
-    def admit(self, slot: int, sequence: Sequence, owed: int) -> bool:
-        return self.pages(len(sequence.tokens)) <= len(self.table.stack) - owed
+    def admit(self, slot: int, sequence: Sequence, soon: int, owed: int) -> bool:
+        return self.pages(soon) <= len(self.table.stack) - owed
 
     def victims(self, running: list[Sequence], counts: dict[int, int]) -> list[Sequence]:
         """Drops the last of `running` until the pages of all tokens of the rest can be had."""
@@ -112,7 +112,7 @@ class ReservedMemory:
     def pages(self, num_tokens: int) -> int:
         return ceil_div(num_tokens, self.page_size)
 
-    def admit(self, slot: int, sequence: Sequence, owed: int) -> bool:
+    def admit(self, slot: int, sequence: Sequence, soon: int, owed: int) -> bool:
         outputs = sequence.ask.final_len - sequence.prompt_len
         doubled = next(2**i for i in range(32) if 2**i >= outputs)
         tokens = {
@@ -145,6 +145,7 @@ class SchedulerOracle:
     batch_invariant: bool
     eos_ids: tuple[int, ...]
     memory: PagedMemory | ReservedMemory
+    headroom: int = 0  # tokens that each running sequence should still have room for
     sequences: list[Sequence] = field(default_factory=list)  # by arrival
     step: int = 0
 
@@ -219,13 +220,20 @@ class SchedulerOracle:
         while line := self.in_phase("preempted") or self.in_phase("waiting"):
             head, empty = line[0], [i for i in range(self.num_slots) if not self.in_slot(i)]
             running = self.in_phase("running")
-            owed = sum(pages(len(s.tokens)) - pages(s.computed) for s in running)
+            owed = sum(pages(self._soon(s)) - pages(s.computed) for s in running)
             count = self._share(head, left)
-            if not empty or count == 0 or not self.memory.admit(empty[0], head, owed):
+            if not empty or count == 0:
+                return
+            if not self.memory.admit(empty[0], head, self._soon(head), owed):
                 return
             head.phase, head.slot = "running", empty[0]
             counts[head.arrival] = count
             left -= count
+
+    def _soon(self, sequence: Sequence) -> int:
+        """Tokens for which a sequence is to find pages although others are admitted."""
+        computed_at_end = sequence.ask.final_len - 1
+        return max(len(sequence.tokens), min(len(sequence.tokens) + self.headroom, computed_at_end))
 
     def _take_pages(self, counts: dict[int, int], num_preempted: int) -> Planned:
         by_slot = [self.in_slot(slot) for slot in range(self.num_slots)]

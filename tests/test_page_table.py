@@ -1,139 +1,34 @@
-"""The page table against an oracle in plain Python, its checker on corrupted tables, the paper's
-worked examples (Figs 6 and 7), and ragged arithmetic against NumPy."""
+"""The page table against an oracle in plain Python, and the paper's worked examples (Figs 6, 7)."""
 
-import dataclasses
-import functools
-
-import hypothesis.strategies as st
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from page_tables import (
+    BOUNDS,
+    SHAPES,
+    SOUND,
+    append,
+    apply,
+    assert_same,
+    commands,
+    every_shape,
+    fork,
+    free_set,
+    i32,
+    leaves,
+    mask,
+    pages_of,
+    release,
+    share,
+    violations,
+    with_stack,
+)
 from paging_oracle import PageTableOracle
 
-from jaxpage.paging import page_table, ragged, status
+from jaxpage.paging import page_table, status
 from jaxpage.paging.page_table import PageTable
 
-# slots, pages a slot, pages, page size: pools that are not powers of two, and too small for all
-SHAPES = {"pages of 3": (4, 4, 9, 3), "pages of 1": (3, 8, 13, 1), "a full pool": (5, 3, 16, 4)}
-BOUNDS = (None, 1, 3)
-SOUND = [0, 0, 0, 0, 0]
-every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-
-append = jax.jit(page_table.append, static_argnames="max_new_pages")
-share = jax.jit(page_table.share)
-fork = jax.jit(page_table.fork)
-release = jax.jit(page_table.release)
-violations = jax.jit(page_table.violations)
-expand = jax.jit(ragged.expand, static_argnames="capacity")
-
-
-@jax.jit
-def observe(table: PageTable) -> dict[str, jax.Array]:
-    """All that a reader may ask of a table."""
-    return {
-        "page_indices": table.page_indices,
-        "lengths": table.lengths,
-        "ref_counts": table.ref_counts,
-        "free_pages": table.free_pages,
-        "num_free": table.num_free,
-        "held_pages": table.held_pages,
-        "reserved_tokens": table.reserved_tokens,
-        "owners": page_table.page_owners(table.page_indices, table.num_pages),
-        "violations": page_table.violations(table),
-    }
-
-
-def i32(values) -> jax.Array:
-    return jnp.asarray(np.asarray(values, np.int32))
-
-
-def mask(table: PageTable, *rows: int) -> np.ndarray:
-    return np.isin(np.arange(table.lengths.shape[0]), rows)
-
-
-def with_stack(table: PageTable, *top: int) -> PageTable:
-    """A table of empty rows whose next pages are `top`, in this order."""
-    rest = [page for page in range(table.num_pages) if page not in top]
-    return dataclasses.replace(table, free_pages=i32([*rest, *reversed(top)]))
-
-
-def pages_of(table: PageTable, row: int) -> list[int]:
-    return np.asarray(table.page_indices)[row, : int(table.held_pages[row])].tolist()
-
-
-def free_set(table: PageTable) -> set[int]:
-    return set(np.asarray(table.free_pages)[: int(table.num_free)].tolist())
-
-
-def leaves(table: PageTable) -> list[list]:
-    return [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(table)]
-
-
-def assert_same(table: PageTable, oracle: PageTableOracle) -> None:
-    seen = {name: np.asarray(value) for name, value in observe(table).items()}
-    assert seen["violations"].tolist() == SOUND
-    assert seen["page_indices"].tolist() == oracle.page_indices()
-    assert seen["lengths"].tolist() == oracle.lengths
-    assert seen["ref_counts"].tolist() == oracle.ref_counts
-    assert seen["free_pages"][: seen["num_free"]].tolist() == oracle.stack
-    assert seen["held_pages"].tolist() == [len(pages) for pages in oracle.rows]
-    assert seen["reserved_tokens"].tolist() == [
-        len(pages) * oracle.page_size for pages in oracle.rows
-    ]
-    for page, owner in enumerate(seen["owners"].tolist()):
-        assert owner in (oracle.holders(page) or [len(oracle.rows)])
-    owned = {page for pages in oracle.rows for page in pages}
-    assert len(owned) + int(seen["num_free"]) == oracle.num_pages
-
-
 # --- random commands -----------------------------------------------------------------------------
-
-
-def commands(shape, max_size: int):
-    """Lists of commands; numbers that name a row or a length are reduced to what is possible."""
-    num_slots, _, _, page_size = shape
-    number = st.integers(0, 255)
-    counts = st.lists(
-        st.sampled_from((0, 0, 1, 1, page_size, 2 * page_size + 1)),
-        min_size=num_slots,
-        max_size=num_slots,
-    )
-    rows = st.lists(st.booleans(), min_size=num_slots, max_size=num_slots)
-    command = st.one_of(
-        st.tuples(st.just("append"), counts, st.sampled_from(BOUNDS)),
-        st.tuples(st.just("share"), number, number, number),
-        st.tuples(st.just("fork"), number, number),
-        st.tuples(st.just("release"), rows),
-    )
-    return st.lists(command, max_size=max_size)
-
-
-def apply(table: PageTable, oracle: PageTableOracle, command) -> tuple[PageTable, set[int]]:
-    """Does one command to both; returns the table and the statuses met."""
-    verb, *args = command
-    if verb == "append":
-        counts, bound = args
-        table, row_status = append(table, i32(counts), max_new_pages=bound)
-        expected = oracle.append(counts, bound)
-        assert np.asarray(row_status).tolist() == expected
-        return table, set(expected)
-    if verb == "release":
-        oracle.release(args[0])
-        return release(table, np.asarray(args[0])), set()
-    empty = [row for row, length in enumerate(oracle.lengths) if length == 0]
-    full = [row for row, length in enumerate(oracle.lengths) if length > 0]
-    if not empty or not full:
-        return table, set()
-    source, target = full[args[0] % len(full)], empty[args[1] % len(empty)]
-    length = oracle.lengths[source]
-    if verb == "fork":
-        oracle.share(source, target, length)
-        return fork(table, i32(source), i32(target)), set()
-    num_tokens = args[2] % (length + 1)
-    oracle.share(source, target, num_tokens)
-    return share(table, i32(source), i32(target), i32(num_tokens)), set()
 
 
 def run_on_both(shape, script) -> tuple[PageTable, set[int]]:
@@ -382,121 +277,3 @@ def test_figure_7_a_second_request_takes_pages_5_and_2():
     assert [pages_of(table, row) for row in range(2)] == [[7, 1, 3], [5, 2]]
     assert slot_of(table, 1, 7) == (2, 4)
     assert violations(table).tolist() == SOUND
-
-
-# --- the checker ---------------------------------------------------------------------------------
-
-
-@functools.cache
-def sound_table() -> PageTable:
-    """Rows of pages [0, 1], [2, 3, 4], [0, 1] and none; pages 9 to 5 on the stack, 5 on top."""
-    table, _ = append(page_table.create(4, 4, 10, 4), i32([6, 9, 0, 0]))
-    return share(table, i32(0), i32(2), i32(5))
-
-
-def corrupted(**changes) -> PageTable:
-    """The sound table with entries set: `field=(index, value)`, or `field=value` for a scalar."""
-    table = sound_table()
-    for name, change in changes.items():
-        array = np.array(getattr(table, name))
-        index, value = change if isinstance(change, tuple) else ((), change)
-        array[index] = value
-        table = dataclasses.replace(table, **{name: jnp.asarray(array)})
-    return table
-
-
-# What is wrong, and what the checker must count: references, free xor owned, entries, repeated,
-# ranges.
-CORRUPTIONS = {
-    "a reference too many": ({"ref_counts": (3, 2)}, [1, 0, 0, 0, 0]),
-    "a reference too few": ({"ref_counts": (1, 1)}, [1, 0, 0, 0, 0]),
-    "a reference on a free page": ({"ref_counts": (9, 1)}, [1, 0, 0, 0, 0]),
-    "a negative reference count": ({"ref_counts": (9, -1)}, [1, 0, 0, 0, 0]),
-    "a page twice in the stack": ({"free_pages": (5, 5), "num_free": 6}, [0, 1, 0, 0, 0]),
-    "a page twice in the stack, one lost": ({"free_pages": (0, 5)}, [0, 2, 0, 0, 0]),
-    "an owned page in the stack": ({"free_pages": (5, 3), "num_free": 6}, [0, 1, 0, 0, 0]),
-    "no page in the stack, one lost": ({"free_pages": (0, 10)}, [0, 1, 0, 0, 0]),
-    "a negative page in the stack, one lost": ({"free_pages": (0, -1)}, [0, 1, 0, 0, 0]),
-    "a leaked page": ({"num_free": 4}, [0, 1, 0, 0, 0]),
-    "a free count one too high": ({"num_free": 6}, [0, 1, 0, 0, 0]),
-    "a free count below zero": ({"num_free": -1}, [0, 5, 0, 0, 1]),
-    "a free count above the pool": ({"num_free": 11}, [0, 5, 0, 0, 1]),
-    "an owned page past the end": ({"page_indices": ((0, 2), 3)}, [1, 0, 1, 0, 0]),
-    "a free page past the end": ({"page_indices": ((0, 2), 9)}, [1, 1, 1, 0, 0]),
-    "-1 past the end": ({"page_indices": ((0, 2), -1)}, [0, 0, 1, 0, 0]),
-    "more than P past the end": ({"page_indices": ((0, 2), 11)}, [0, 0, 1, 0, 0]),
-    "a missing entry": ({"page_indices": ((1, 1), 10)}, [1, 1, 1, 0, 0]),
-    "-1 for an entry": ({"page_indices": ((1, 1), -1)}, [1, 1, 1, 0, 0]),
-    "a page twice in a row": ({"page_indices": ((1, 2), 2)}, [2, 1, 0, 1, 0]),
-    "another row's page": ({"page_indices": ((1, 2), 0)}, [2, 1, 0, 0, 0]),
-    "a length that claims a page more": ({"lengths": (0, 9)}, [0, 0, 1, 0, 0]),
-    "a length that forgets a page": ({"lengths": (0, 4)}, [0, 0, 1, 0, 0]),
-    "a length beyond the slot": ({"lengths": (1, 17)}, [0, 0, 1, 0, 1]),
-    "a negative length": ({"lengths": (3, -1)}, [0, 0, 0, 0, 1]),
-}
-
-
-def test_the_checker_finds_nothing_in_the_sound_table():
-    assert pages_of(sound_table(), 1) == [2, 3, 4]
-    assert violations(sound_table()).tolist() == SOUND
-
-
-@pytest.mark.parametrize("changes, counts", CORRUPTIONS.values(), ids=CORRUPTIONS.keys())
-def test_the_checker_counts_each_corruption_in_its_place(changes, counts):
-    assert violations(corrupted(**changes)).tolist() == counts
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    script=commands(SHAPES["pages of 3"], 8),
-    field=st.sampled_from(("page_indices", "ref_counts", "free_pages", "num_free")),
-    position=st.integers(0, 255),
-    value=st.integers(-3, 12),
-)
-def test_any_one_changed_number_breaks_an_invariant(script, field, position, value):
-    table = page_table.create(*SHAPES["pages of 3"])
-    oracle = PageTableOracle(*SHAPES["pages of 3"])
-    for command in script:
-        table, _ = apply(table, oracle, command)
-    array = np.array(getattr(table, field))
-    # What lies above the top of the stack has no meaning.
-    meaningful = int(table.num_free) if field == "free_pages" else array.size
-    if meaningful == 0:
-        return
-    place = np.unravel_index(position % meaningful, array.shape)
-    changed = array[place] != value
-    array[place] = value
-    counts = violations(dataclasses.replace(table, **{field: jnp.asarray(array)}))
-    assert bool(np.any(np.asarray(counts))) == changed
-
-
-# --- ragged arithmetic ---------------------------------------------------------------------------
-
-
-def expand_by_numpy(counts, capacity: int) -> tuple[np.ndarray, ...]:
-    row = np.repeat(np.arange(len(counts)), counts)
-    offset = np.concatenate([np.arange(count) for count in counts])
-    live = np.arange(capacity) < len(row)
-    fill = np.zeros(capacity, int)
-    row = np.concatenate([row, fill + len(counts)])[:capacity]
-    return row, np.concatenate([offset, fill])[:capacity], live
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    counts=st.lists(st.sampled_from((0, 0, 1, 2, 5)), min_size=6, max_size=6),
-    capacity=st.sampled_from((1, 7, 30)),
-)
-def test_expand_lists_rows_as_numpy_does_and_cuts_at_capacity(counts, capacity):
-    result = expand(i32(counts), capacity=capacity)
-    for got, want in zip(result, expand_by_numpy(counts, capacity), strict=True):
-        assert np.asarray(got).tolist() == want.tolist()
-
-
-@pytest.mark.parametrize("counts", [[4], [0], [0, 0, 3], [3, 0, 0], [1, 0, 0, 2], [2, 2]])
-def test_expand_fills_a_capacity_of_exactly_the_sum(counts):
-    capacity = max(sum(counts), 1)
-    result = expand(i32(counts), capacity=capacity)
-    assert int(np.sum(np.asarray(result.live))) == sum(counts)
-    for got, want in zip(result, expand_by_numpy(counts, capacity), strict=True):
-        assert np.asarray(got).tolist() == want.tolist()

@@ -67,6 +67,7 @@ def engine_config(
         pages_per_slot=pages_per_slot,
         num_requests=num_requests,
         token_buckets=(2 * num_slots,) if batch_invariant else buckets,
+        headroom_pages=1,
         record_page_map=record_page_map,
         batch_invariant=batch_invariant,
     )

@@ -85,9 +85,15 @@ def execute(
 ) -> tuple[KvPool, Outcome]:
     """Carries out a plan with the model: writes KV, samples where the plan says so."""
     buckets = setup.engine.token_buckets
-    chosen = jnp.sum(plan.num_tokens > jnp.asarray(buckets[:-1], jnp.int32), dtype=jnp.int32)
-    branches = [partial(_execute_bucket, bucket, setup) for bucket in buckets]
-    return lax.switch(chosen, branches, params, pool, plan, requests)
+    chosen = _smallest_holding(plan.num_tokens, buckets)
+    branches = [partial(_forward_bucket, bucket, setup) for bucket in buckets]
+    states, pool = lax.switch(chosen, branches, params, pool, plan, requests)
+    outcome = lax.cond(
+        jnp.any(plan.samples),
+        lambda: _sample(params, states, plan, requests, setup.engine),
+        lambda: _nothing_sampled(setup.engine.num_slots),
+    )
+    return pool, outcome
 
 
 def pack(plan: Plan, requests: Requests, num_tokens: int, page_size: int, null_page: int) -> Batch:
@@ -112,33 +118,33 @@ def pack(plan: Plan, requests: Requests, num_tokens: int, page_size: int, null_p
     )
 
 
-def _execute_bucket(
+def _smallest_holding(num_tokens: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
+    """The index of the first of the ascending `sizes` that is at least `num_tokens`."""
+    return jnp.sum(num_tokens > jnp.asarray(sizes[:-1], jnp.int32), dtype=jnp.int32)
+
+
+def _forward_bucket(
     bucket: int, setup: Setup, params: Params, pool: KvPool, plan: Plan, requests: Requests
-) -> tuple[KvPool, Outcome]:
+) -> tuple[jax.Array, KvPool]:
+    """The last states of the rows that sample, one after another, `[B, E]`, and the pool."""
     batch = pack(plan, requests, bucket, pool.page_size, pool.num_pages)
     states, pool = llama.forward(params, pool, batch, setup.model, setup.attention)
-    num_sampled = min(bucket, setup.engine.num_slots)
-    outcome = lax.cond(
-        jnp.any(plan.samples),
-        lambda: _sample(params, states, batch, plan, requests, num_sampled),
-        lambda: _nothing_sampled(setup.engine.num_slots),
-    )
-    return pool, outcome
+    last = batch.cu_q_lens[1:].at[_sampling_slots(plan)].get(mode="fill", fill_value=1) - 1
+    return states[last], pool
+
+
+def _sampling_slots(plan: Plan) -> jax.Array:
+    """The slots that sample, ascending, and then `B`: `i32[B]`."""
+    return ragged.expand(plan.samples.astype(jnp.int32), plan.samples.shape[0]).row
 
 
 def _sample(
-    params: Params,
-    states: jax.Array,
-    batch: Batch,
-    plan: Plan,
-    requests: Requests,
-    capacity: int,
+    params: Params, states: jax.Array, plan: Plan, requests: Requests, config: EngineConfig
 ) -> Outcome:
-    """Samples for at most `capacity` rows; the head never sees a token that samples nothing."""
-    num_slots = plan.samples.shape[0]
-    slot = ragged.expand(plan.samples.astype(jnp.int32), capacity).row  # B where not live
+    """Samples from the states of `_forward_bucket`; the head multiplies few rows if few sample."""
+    num_slots = config.num_slots
+    slot = _sampling_slots(plan)
     request = plan.requests.at[slot].get(mode="fill", fill_value=requests.phases.shape[0])
-    last = jnp.maximum(batch.cu_q_lens[1:].at[slot].get(mode="fill", fill_value=1) - 1, 0)
     position = requests.num_tokens.at[request].get(mode="fill", fill_value=0)
     settings = jax.tree.map(
         lambda leaf: leaf.at[request].get(mode="fill", fill_value=0), requests.sampling
@@ -148,7 +154,13 @@ def _sample(
             settings.repetition_penalty == 0, 1.0, settings.repetition_penalty
         )
     )
-    logits = llama.logits(params, states[last])
+    sizes = tuple(sorted({min(size, num_slots) for size in config.token_buckets}))
+    logits = lax.switch(
+        _smallest_holding(jnp.sum(plan.samples, dtype=jnp.int32), sizes),
+        [partial(_padded_logits, size) for size in sizes],
+        params,
+        states,
+    )
     tokens, logprobs, failed = sampling.sample(
         logits, settings, position, _history(requests, request, position, logits.shape[-1])
     )
@@ -157,6 +169,12 @@ def _sample(
         return jnp.zeros((num_slots,), values.dtype).at[slot].set(values, mode="drop")
 
     return Outcome(by_slot(tokens), by_slot(logprobs), by_slot(failed))
+
+
+def _padded_logits(size: int, params: Params, states: jax.Array) -> jax.Array:
+    """Logits of the first `size` of `states: [B, E]`, zeros for the rest, `f32[B, V]`."""
+    logits = llama.logits(params, states[:size])
+    return jnp.pad(logits, ((0, states.shape[0] - size), (0, 0)))
 
 
 def _history(requests: Requests, request: jax.Array, lengths: jax.Array, nothing: int) -> jax.Array:

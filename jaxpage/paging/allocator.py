@@ -23,9 +23,9 @@ Table = PageTable | ContiguousTable
 class Allocator[T]:
     """The verbs of one kind of table, `T`.
 
-    `admit(table, row, known, prompt, final, owed)` readies an empty row for a sequence of which
-    `known` tokens are to be computed, `prompt` of them the user's, and that ends with `final`
-    tokens at most; `owed` pages are promised to others. It returns the table and a status.
+    `admit(table, row, soon, prompt, final, owed)` readies an empty row for a sequence that will
+    have `soon` tokens before long, has a prompt of `prompt`, and ends with `final` at most; `owed`
+    pages are promised to others. It returns the table and a status.
     `append(table, counts, max_new_pages)` makes room for tokens, as in `page_table.append`.
     `fitting(table, order, counts)` says which rows could append `counts` at once if all rows after
     them in `order` gave up their pages: a prefix of the order, `bool[B]`.
@@ -48,9 +48,9 @@ def _create(create: Callable, config: EngineConfig):
     return create(config.num_slots, config.pages_per_slot, config.num_pages, config.page_size)
 
 
-def _admit_paged(table: PageTable, row, known, prompt, final, owed):
+def _admit_paged(table: PageTable, row, soon, prompt, final, owed):
     del row, prompt, final
-    enough = num_pages_for(known, table.page_size) <= table.num_free - owed
+    enough = num_pages_for(soon, table.page_size) <= table.num_free - owed
     return table, jnp.where(enough, status.OK, status.OUT_OF_PAGES)
 
 
@@ -64,8 +64,8 @@ def _fitting_paged(table: PageTable, order: jax.Array, counts: jax.Array) -> jax
 
 
 def _contiguous(name: str, reserve: ReserveFn) -> Allocator[ContiguousTable]:
-    def admit(table: ContiguousTable, row, known, prompt, final, owed):
-        del known, owed
+    def admit(table: ContiguousTable, row, soon, prompt, final, owed):
+        del soon, owed
         max_len = table.pages_per_slot * table.page_size
         return contiguous.reserve(table, row, reserve(prompt, final, max_len))
 

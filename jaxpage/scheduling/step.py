@@ -259,11 +259,16 @@ def _admit(
 ) -> tuple[SchedulerState, jax.Array]:
     """Admits from the head of the line while a slot, budget and pages are left; `counts` too.
 
-    Pages that running sequences still need for tokens already known are owed to them, so that
-    a prompt once begun is not starved by the next. The line never moves past a head that does
-    not fit.
+    Pages that running sequences still need for tokens already known, and for the headroom, are
+    owed to them, so that a prompt once begun is not starved by the next. The line never moves past
+    a head that does not fit. A sequence alone always does, headroom or not: it ends in the pool.
     """
     requests = state.requests
+    headroom = config.headroom_pages * config.page_size
+
+    def soon(known: jax.Array, final: jax.Array) -> jax.Array:
+        # The token that ends a sequence is never computed.
+        return jnp.maximum(known, jnp.minimum(known + headroom, final - 1))
 
     def pages(num_tokens: jax.Array) -> jax.Array:
         return num_pages_for(num_tokens, config.page_size)
@@ -274,11 +279,11 @@ def _admit(
     def admit_one(carry):
         candidate, table, phases, slots, counts, owed = carry
         request = candidate.request
-        known = requests.num_tokens[request]
+        wanted = soon(requests.num_tokens[request], requests.final_lens[request])
         table, outcome = allocator.admit(
             table,
             candidate.row,
-            known,
+            wanted,
             requests.prompt_lens[request],
             requests.final_lens[request],
             owed,
@@ -288,7 +293,7 @@ def _admit(
         phases = phases.at[jnp.where(admitted, request, phases.shape[0])].set(RUNNING, mode="drop")
         slots = slots.at[row].set(request, mode="drop")
         counts = counts.at[row].set(candidate.count, mode="drop")
-        owed = owed + pages(known)
+        owed = owed + pages(wanted)
         following = head(phases, slots, counts)
         following = following._replace(possible=following.possible & admitted)
         return following, table, phases, slots, counts, owed
@@ -296,7 +301,8 @@ def _admit(
     first = head(requests.phases, state.slots, counts)
     first = first._replace(possible=first.possible & may_admit)
     known = _of_slots(requests.num_tokens, state.slots)
-    owed = jnp.sum(pages(known) - pages(state.table.lengths))
+    final = _of_slots(requests.final_lens, state.slots)
+    owed = jnp.sum(pages(soon(known, final)) - pages(state.table.lengths))
     carry = (first, state.table, requests.phases, state.slots, counts, owed)
     _, table, phases, slots, counts, _ = lax.while_loop(
         lambda carry: carry[0].possible, admit_one, carry
