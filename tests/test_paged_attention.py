@@ -13,7 +13,7 @@ from pallas_kernels.paged_attention import paged_attention, resolve_implementati
 from pallas_kernels.paged_attention import xla as xla_path
 
 S = 16
-CHUNK = xla_path.CHUNK_TOKENS
+CHUNK = xla_path.DECODE_CHUNK
 TILE = xla_path.TILE_TOKENS
 EDGE_LENGTHS = (0, 1, S - 1, S, S + 1, 3 * S, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5, 0)
 RAGGED_LENGTHS = (70, 1, 0, 3 * TILE, 200, TILE + 1, 33, 40, 150)

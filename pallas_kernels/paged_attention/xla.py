@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-CHUNK_TOKENS = 128  # KV tokens folded at a time, rounded to whole pages
-ROWS_PER_GROUP = 8  # decode rows in one product
-TILE_TOKENS = 32  # prefill queries in one product
+# KV tokens folded at a time, rounded to whole pages, and queries in one product.
+DECODE_CHUNK = 128
+ROWS_PER_GROUP = 8
+PREFILL_CHUNK = 64
+TILE_TOKENS = 64
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
@@ -34,13 +36,9 @@ class Cache(NamedTuple):
     v_pages: jax.Array  # [P, K, S, D]
     page_indices: jax.Array  # i32[B, M]
 
-    @property
-    def chunk_pages(self) -> int:
-        return max(1, CHUNK_TOKENS // self.k_pages.shape[2])
-
-    @property
-    def chunk_tokens(self) -> int:
-        return self.chunk_pages * self.k_pages.shape[2]
+    def pages_in(self, num_tokens: int) -> int:
+        """Whole pages in a chunk of about `num_tokens`."""
+        return max(1, num_tokens // self.k_pages.shape[2])
 
 
 class Options(NamedTuple):
@@ -88,7 +86,8 @@ def _decode(q, cache: Cache, lengths, options: Options) -> Softmax:
     With the rows sorted by their number of chunks, those that have a j-th chunk are a prefix. The
     loop goes over chunks j and, within, over the groups of rows of that prefix.
     """
-    chunk = cache.chunk_tokens
+    chunk_pages = cache.pages_in(DECODE_CHUNK)
+    chunk = chunk_pages * cache.k_pages.shape[2]
     num_rows = -(-q.shape[0] // ROWS_PER_GROUP) * ROWS_PER_GROUP
     lengths = jnp.pad(lengths, (0, num_rows - lengths.shape[0]))
     first = _first_visible(lengths - 1, options)
@@ -102,7 +101,7 @@ def _decode(q, cache: Cache, lengths, options: Options) -> Softmax:
         row = lax.dynamic_slice_in_dim(order, start, ROWS_PER_GROUP)
         q_rows = lax.dynamic_slice_in_dim(sorted_q, start, ROWS_PER_GROUP)
         at = first[row] // chunk + j
-        k, v, key_position = _read_chunk(cache, row, at, first[row], lengths[row])
+        k, v, key_position = _read_chunk(cache, chunk_pages, row, at, first[row], lengths[row])
         live = _visible(lengths[row][:, None] - 1, key_position, options)[:, None, None]
         s = _scores(jnp.einsum("rkgd,rkcd->rkgc", q_rows, k), live, options)
         old = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, ROWS_PER_GROUP), state)
@@ -161,11 +160,13 @@ def _attend_tile(q_tile, cache: Cache, row, position, first, end, options: Optio
     """One row's query tile [K, TILE, G, D] at `position` i32[TILE] against KV [first, end)."""
     num_kv_heads, num_queries, group, head_dim = q_tile.shape
     flat = q_tile.reshape(num_kv_heads, num_queries * group, head_dim)
-    chunk = cache.chunk_tokens
+    chunk_pages = cache.pages_in(PREFILL_CHUNK)
+    chunk = chunk_pages * cache.k_pages.shape[2]
     end = jnp.minimum(position[-1] + 1, end)
 
     def body(j, state):
-        k, v, key_position = _read_chunk(cache, row[None], j[None], first[None], end[None])
+        where = row[None], j[None], first[None], end[None]
+        k, v, key_position = _read_chunk(cache, chunk_pages, *where)
         live = _visible(position[:, None], key_position, options)  # [TILE, C]
         live = jnp.repeat(live, group, axis=0)[None]
         s = _scores(jnp.einsum("kqd,kcd->kqc", flat, k[0]), live, options)
@@ -175,13 +176,14 @@ def _attend_tile(q_tile, cache: Cache, row, position, first, end, options: Optio
     return jax.tree.map(lambda x: x.reshape(num_kv_heads, num_queries, group, *x.shape[2:]), state)
 
 
-def _read_chunk(cache: Cache, row, chunk, first, end):
+def _read_chunk(cache: Cache, chunk_pages: int, row, chunk, first, end):
     """KV chunk `chunk` i32[R] of each row i32[R]: K and V f32[R, K, C, D], positions i32[R, C].
 
-    Whatever is outside [first, end), both i32[R], reads as zero, from page 0.
+    A chunk is `chunk_pages` pages. Whatever is outside [first, end), both i32[R], reads as zero,
+    from page 0.
     """
     num_pages, num_kv_heads, page_size, head_dim = cache.k_pages.shape
-    slot = jnp.arange(cache.chunk_pages, dtype=jnp.int32)[None] + chunk[:, None] * cache.chunk_pages
+    slot = jnp.arange(chunk_pages, dtype=jnp.int32)[None] + chunk[:, None] * chunk_pages
     position = slot[:, :, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)[None, None]
     live = (position >= first[:, None, None]) & (position < end[:, None, None])  # [R, pages, S]
     page = cache.page_indices.at[row[:, None], slot].get(mode="clip")
@@ -197,7 +199,7 @@ def _read_chunk(cache: Cache, row, chunk, first, end):
         # A select would be a branch for each run of D, at three times the cost of this `and`.
         pieces = lax.bitcast_convert_type(pieces, jnp.int32) & mask
         pieces = lax.bitcast_convert_type(pieces, jnp.float32)
-        return pieces.reshape(row.shape[0], num_kv_heads, cache.chunk_tokens, head_dim)
+        return pieces.reshape(row.shape[0], num_kv_heads, chunk_pages * page_size, head_dim)
 
     return read(cache.k_pages), read(cache.v_pages), position.reshape(row.shape[0], -1)
 
