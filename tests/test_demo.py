@@ -109,7 +109,7 @@ def test_claims_without_any_run_still_print():
 def test_the_default_budget_is_twice_the_papers_to_scale_and_rounds_nothing_up():
     config = engine_config(
         PRESETS["smollm2-135m"], max_seq_len=768, num_slots=demo.NUM_SLOTS, num_requests=64,
-        page_size=demo.PAGE_SIZE, kv_dtype="bfloat16", kv_bytes=demo.KV_BYTES,
+        page_size=demo.PAGE_SIZE, kv_dtype="float32", kv_bytes=demo.KV_BYTES,
     )  # fmt: skip
     assert config.pages_per_slot == 64  # a power of two: the buddies round nothing up
     assert config.num_pages == 983

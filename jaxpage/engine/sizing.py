@@ -11,15 +11,20 @@ PREFILL_TOKENS = (256, 512)
 
 
 def token_buckets(num_slots: int, max_seq_len: int) -> tuple[int, ...]:
-    """Step sizes: a third, two thirds, or all of the slots generate; a little prompt; much prompt.
+    """Step sizes: four rows, a third, two thirds, or all generate; little prompt; much prompt.
 
-    Thirds are rounded up to fours, the height of a CPU product's tile. A bucket beyond what
-    all slots could ever bring at once is left out.
+    Four, for the last few requests and for people who ask one by one. Thirds are rounded up to
+    fours, the height of a CPU product's tile. A bucket beyond what all slots could ever bring at
+    once is left out.
     """
     most = num_slots * max_seq_len
     thirds = (min(-(-num_slots * n // 12) * 4, num_slots) for n in (1, 2))
     prompts = (min(size, most) for size in PREFILL_TOKENS)
-    return tuple(sorted({*thirds, num_slots, *(size for size in prompts if size > num_slots)}))
+    return tuple(
+        sorted(
+            {min(4, num_slots), *thirds, num_slots, *(size for size in prompts if size > num_slots)}
+        )
+    )
 
 
 def engine_config(
