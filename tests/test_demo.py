@@ -106,15 +106,15 @@ def test_claims_without_any_run_still_print():
     assert all(len(line) <= 100 for line in text.splitlines())
 
 
-def test_the_default_budget_is_twice_the_papers_to_scale_and_rounds_nothing_up():
+def test_the_default_budget_is_the_papers_to_scale_2_5_times_and_rounds_nothing_up():
     config = engine_config(
         PRESETS["smollm2-135m"], max_seq_len=768, num_slots=demo.NUM_SLOTS, num_requests=64,
         page_size=demo.PAGE_SIZE, kv_dtype="float32", kv_bytes=demo.KV_BYTES,
     )  # fmt: skip
     assert config.pages_per_slot == 64  # a power of two: the buddies round nothing up
-    assert config.num_pages == 983
+    assert config.num_pages == 1228
     text = demo.budget_text(config, demo.KV_BYTES)
-    assert "983 pages of 12 tokens" in text and "15 requests of 768 tokens" in text
+    assert "1228 pages of 12 tokens" in text and "19 requests of 768 tokens" in text
     assert "rounded up" not in text
 
 
