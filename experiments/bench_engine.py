@@ -13,8 +13,6 @@ from experiments import common
 from jaxpage.checkpoint.load import LoadedModel
 from jaxpage.config import require
 from jaxpage.engine.host import Request
-from jaxpage.engine.sizing import engine_config
-from jaxpage.sim.workloads import bench_prompts
 
 FLAGS = flags.FLAGS
 
@@ -38,16 +36,8 @@ def define_flags() -> None:
 def main(_: list[str]) -> None:
     model = common.load_flagged_model()
     requests = _read_workload(FLAGS.workload, model)
-    config = engine_config(
-        model.config,
-        max_seq_len=max(len(r.prompt_ids) + r.max_new_tokens for r in requests),
-        num_slots=FLAGS.num_slots,
-        num_requests=len(requests),
-        page_size=FLAGS.page_size,
-        kv_dtype=FLAGS.dtype,
-        num_pages=FLAGS.num_pages,
-        batch_invariant=FLAGS.batch_invariant,
-        pool_factor=FLAGS.pool_factor,
+    config = common.config_for(
+        model, requests, num_pages=FLAGS.num_pages, pool_factor=FLAGS.pool_factor
     )
     engine = common.build_engine(model, config)
     compile_s = engine.compile()
@@ -79,11 +69,7 @@ def main(_: list[str]) -> None:
 
 def _read_workload(path: str | None, model: LoadedModel) -> list[Request]:
     if path is None:
-        tokenizer = model.tokenizer
-        if tokenizer is None:
-            raise common.ConfigError(f"--model={FLAGS.model} has no tokenizer: give --workload")
-        items = bench_prompts(tokenizer, 32, max_prompt_tokens=512, max_new_tokens=128)
-        return [Request(i.id, i.prompt_ids, i.max_new_tokens, ignore_eos=True) for i in items]
+        return common.bench_requests(model, 32, max_new_tokens=128)
     requests = []
     for number, line in common.read_jsonl(path):
         for name, kind in (("prompt_ids", list), ("max_new_tokens", int)):

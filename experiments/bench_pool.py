@@ -15,11 +15,7 @@ import numpy as np
 from absl import flags
 
 from experiments import common
-from jaxpage.config import ConfigError
-from jaxpage.engine.host import Request
-from jaxpage.engine.sizing import engine_config
 from jaxpage.model.placement import serving_params
-from jaxpage.sim.workloads import bench_prompts
 
 FLAGS = flags.FLAGS
 
@@ -38,18 +34,8 @@ def define_flags() -> None:
 
 def main(_: list[str]) -> None:
     model = common.load_flagged_model()
-    if model.tokenizer is None:
-        raise ConfigError(f"--model={FLAGS.model} has no tokenizer to read prompts with")
-    items = bench_prompts(model.tokenizer, FLAGS.num_slots, max_new_tokens=NEW_TOKENS)
-    requests = [Request(i.id, i.prompt_ids, i.max_new_tokens, ignore_eos=True) for i in items]
-    config = engine_config(
-        model.config,
-        max_seq_len=max(len(r.prompt_ids) for r in requests) + NEW_TOKENS,
-        num_slots=FLAGS.num_slots,
-        num_requests=FLAGS.num_slots,
-        page_size=FLAGS.page_size,
-        kv_dtype=FLAGS.dtype,
-    )
+    requests = common.bench_requests(model, FLAGS.num_slots, NEW_TOKENS)
+    config = common.config_for(model, requests)
     params = serving_params(model.params, FLAGS.dtype)
     engines = []
     for factor in FACTORS:

@@ -20,14 +20,11 @@ from absl import flags
 from jax import lax
 
 from experiments import common
-from jaxpage.config import ConfigError
 from jaxpage.engine import step
-from jaxpage.engine.host import Engine, Request
-from jaxpage.engine.sizing import engine_config
+from jaxpage.engine.host import Engine
 from jaxpage.model import llama, sampling
 from jaxpage.paging import kv_pool
 from jaxpage.scheduling.step import Outcome, commit_step, plan_step
-from jaxpage.sim.workloads import bench_prompts
 
 FLAGS = flags.FLAGS
 
@@ -43,21 +40,11 @@ def define_flags() -> None:
 
 def main(_: list[str]) -> None:
     model = common.load_flagged_model()
-    if model.tokenizer is None:
-        raise ConfigError(f"--model={FLAGS.model} has no tokenizer to read prompts with")
-    items = bench_prompts(model.tokenizer, FLAGS.num_slots, max_new_tokens=2 * NEW_TOKENS)
-    config = engine_config(
-        model.config,
-        max_seq_len=max(len(item.prompt_ids) for item in items) + 2 * NEW_TOKENS,
-        num_slots=FLAGS.num_slots,
-        num_requests=FLAGS.num_slots,
-        page_size=FLAGS.page_size,
-        kv_dtype=FLAGS.dtype,
-    )
+    requests = common.bench_requests(model, FLAGS.num_slots, 2 * NEW_TOKENS)
+    config = common.config_for(model, requests)
     engine = common.build_engine(model, config)
     engine.compile()
-    for row, item in enumerate(items):
-        request = Request(item.id, item.prompt_ids, 2 * NEW_TOKENS, ignore_eos=True)
+    for row, request in enumerate(requests):
         engine.submit(request, row)
     while num_generated(engine) < NEW_TOKENS:
         engine.advance(8)

@@ -27,7 +27,7 @@ USED_TOKENS = 300  # of the SEQ_LEN reserved
 A100_BYTES, NUM_A100 = 80 * 10**9, 4
 WEIGHT_BYTES_PER_PARAMETER = 2  # bfloat16
 ARTICLE_USERS_GB = 336
-MIN_WAITING_SHARE = 0.1  # of the steps; below, memory was not what kept requests waiting
+MIN_SHORT_SHARE = 0.1  # of the steps; below, memory was not what kept requests waiting
 PAPER_BATCHED = {"paged": 30.42, "oracle": 13.62, "pow2": 9.81, "max": 7.00}  # its Fig 13a
 
 
@@ -174,7 +174,7 @@ def _on_demand(rows: Mapping[str, Row]) -> Claim:
     row = rows["paged"]
     tokens, later, never, other = _shares(row)
     ours = (
-        f"paged: {_percent(1 - tokens)} of the pool holds no token while requests wait "
+        f"paged: {_percent(1 - tokens)} of the pool holds no token while requests wait for memory "
         f"({_percent(later + never)} the unfilled ends of last pages, {_percent(other)} free), at "
         f"the price of {row['preemptions']} preemptions"
     )
@@ -218,12 +218,12 @@ def _unfilled(rows: Mapping[str, Row], allocator: str) -> str | None:
     """Why a run says nothing about full memory; None if it does."""
     if allocator not in rows:
         return NOT_MEASURED
-    waiting, steps = rows[allocator]["waiting_steps"], rows[allocator]["steps"]
-    if waiting >= MIN_WAITING_SHARE * steps:
+    short, steps = rows[allocator]["steps_short_of_memory"], rows[allocator]["steps"]
+    if short >= MIN_SHORT_SHARE * steps:
         return None
     return (
-        f"not measured: under {allocator} requests waited in only {waiting} of {steps} steps, so "
-        "memory was not scarce; serve more of them"
+        f"not measured: under {allocator} requests waited for memory in only {short} of {steps} "
+        "steps, so it was not scarce; serve more of them"
     )
 
 

@@ -5,7 +5,7 @@ import resource
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from jaxpage.checkpoint.errors import CheckpointError
 from jaxpage.checkpoint.load import LoadedModel, load_model
 from jaxpage.checkpoint.store import cache_folder
 from jaxpage.config import ConfigError, EngineConfig, require
-from jaxpage.engine.host import Engine
+from jaxpage.engine.host import Engine, Request
+from jaxpage.engine.sizing import engine_config
 from jaxpage.engine.step import Setup
 from jaxpage.model.placement import serving_params
 from jaxpage.paging.allocator import ALLOCATORS
 from jaxpage.scheduling.policies import POLICIES
+from jaxpage.sim.workloads import bench_prompts
 from pallas_kernels.paged_attention import paged_attention
 
 FLAGS = flags.FLAGS
@@ -102,6 +104,28 @@ def load_flagged_model() -> LoadedModel:
     """The model of `--model` in `--dtype`."""
     keep_compilations()
     return load_model(FLAGS.model, jnp.dtype(FLAGS.dtype))
+
+
+def bench_requests(model: LoadedModel, num_requests: int, max_new_tokens: int) -> list[Request]:
+    """The bench's workload: the first ShareGPT prompts, all with outputs of the same length."""
+    if model.tokenizer is None:
+        raise ConfigError(f"--model={FLAGS.model} has no tokenizer for prompts: take another")
+    items = bench_prompts(model.tokenizer, num_requests, max_new_tokens)
+    return [Request(i.id, i.prompt_ids, i.max_new_tokens, ignore_eos=True) for i in items]
+
+
+def config_for(model: LoadedModel, requests: Sequence[Request], **capacities: Any) -> EngineConfig:
+    """A configuration that holds all of `requests`; slots, pages' size and mode by flag."""
+    return engine_config(
+        model.config,
+        max_seq_len=max(len(r.prompt_ids) + r.max_new_tokens for r in requests),
+        num_slots=FLAGS.num_slots,
+        num_requests=len(requests),
+        page_size=FLAGS.page_size,
+        kv_dtype=FLAGS.dtype,
+        batch_invariant=FLAGS.batch_invariant,
+        **capacities,
+    )
 
 
 def read_jsonl(path: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -6,7 +6,7 @@ Serves 64 ShareGPT prompts with SmolLM2-135M under `paged`, `oracle`, `pow2` and
 few questions, and prints a table and the article's claims beside what was measured. DIR gets
 `results.jsonl`, `answers.jsonl`, `claims.jsonl`, three pictures, and a folder for each run as
 `experiments.serve` writes it. Seven minutes on two cores. Expected: the same tokens under every
-allocator; `max` runs 19 requests at once and `paged` about 44 (the paper's Fig 13: 7 and 30). It
+allocator; `max` runs 16 requests at once and `paged` about 36 (the paper's Fig 13: 7 and 30). It
 would be refuted if `paged` batched no more than `oracle`.
 """
 
@@ -36,12 +36,12 @@ ALLOCATORS = ("paged", "oracle", "pow2", "max")
 # allocator rounds nothing up when Max reserves them. (Of 16 tokens it is 48 pages; a run
 # would be 64, and Max would lose a quarter of its memory to our choice of page size.)
 PAGE_SIZE = 12
-# The memory of the paper's Fig 2 to scale, two and a half times, so that four runs take minutes.
-# There 15,728 tokens hold 7 requests of 2,048 under Max; here 2.5 x 5,898 hold 19 of 768.
+# Max holds 16 requests. In the paper's Fig 2 it holds 7 of 2,048 tokens in 15,728; to scale that
+# would be 5,898 tokens of ours. Twice that, so that four runs take minutes.
 # SmolLM2-135M has 46,080 bytes a token in float32 (2 x 30 layers x 3 KV heads x 64 x 4 bytes). In
 # bfloat16 two next tokens tie now and then, and how a step is cut decides between them.
-KV_BYTES = 5 * 5_898 // 2 * 46_080
-NUM_SLOTS = 60  # a third of them is a step of Max
+KV_BYTES = 16 * 768 * 46_080
+NUM_SLOTS = 48
 
 QUESTIONS = (
     "What is a page table, in one sentence?",
@@ -66,7 +66,7 @@ COLUMNS: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
 LEGEND = """\
 batched: requests running at once; tokens, reserved, internal, external: shares of the KV memory
 (holds tokens; reserved and used later; reserved and never used; in no reservation); these are
-means over the steps with requests waiting. s/token: the mean of latency / output length."""
+means over the steps in which requests wait for memory. s/token: mean of latency / output length."""
 
 
 def define_flags() -> None:

@@ -174,7 +174,10 @@ def waste_bars(runs: Sequence[Run], path: Path) -> None:
         figure.legend(handles=handles, loc="outside right center", frameon=False)
         filled = {run.allocator: f"{run.shares[0]:.0f} %" for run in runs}
         _head(figure, "The share of KV memory that holds tokens: " + _compare(filled))
-        _foot(figure, "Here: mean over the steps with requests waiting. Paper: its Fig 2, OPT-13B.")
+        _foot(
+            figure,
+            "Here: mean over the steps with requests waiting for memory. Paper: Fig 2, OPT-13B.",
+        )
         figure.savefig(path)
 
 
@@ -206,7 +209,7 @@ def batch_over_time(runs: Sequence[Run], path: Path) -> None:
         figure.legend(loc="outside right center", frameon=False)
         means = {run.allocator: f"{run.summary['mean_batched_requests']:.1f}" for run in runs}
         _head(figure, "Requests running at once in the same memory: " + _compare(means))
-        _foot(figure, "The means in the title are over the steps with requests waiting.")
+        _foot(figure, "The means in the title are over the steps with requests waiting for memory.")
         figure.savefig(path)
 
 
@@ -293,8 +296,8 @@ def _draw_map(axes: Axes, run: Run, last_s: float) -> None:
     axes.set_ylim(0, owners.shape[1])
     summary = run.summary
     axes.set_title(
-        f"{run.label}: while others wait, {summary['mean_batched_requests']:.1f} requests run "
-        f"and {run.shares[0]:.0f} % of the memory holds tokens"
+        f"{run.label}: while others wait for memory, {summary['mean_batched_requests']:.1f} "
+        f"requests run and {run.shares[0]:.0f} % of the memory holds tokens"
     )
 
 

@@ -104,6 +104,7 @@ def serve_workload(engine: Engine, items: Sequence[WorkItem], folder: Path) -> d
         "refused": len(results) - len(served),
         **summarise(
             journal.records,
+            engine.setup.engine,
             wall_s=journal.wall_s,
             num_prompt_tokens=sum(len(r.request.prompt_ids) for r in served),
             num_output_tokens=sum(len(r.output_ids) for r in served),

@@ -23,7 +23,7 @@ def summary(allocator: str, tokens_per_s: float, shares: tuple[float, ...], **mo
         "preemptions": 3,
         "wall_s": 100.0,
         "steps": 1000,
-        "waiting_steps": 800,
+        "steps_short_of_memory": 800,
         "device": "cpu",
         **{f"{name}_share": share for name, share in zip(names, shares, strict=True)},
         **more,
@@ -90,12 +90,12 @@ def test_claims_about_a_failed_run_are_not_measured():
 
 
 def test_a_run_with_hardly_anyone_waiting_says_nothing_about_full_memory():
-    idle = summary("paged", 150.0, (0.09, 0.01, 0.0, 0.9), waiting_steps=1)
+    idle = summary("paged", 150.0, (0.09, 0.01, 0.0, 0.9), steps_short_of_memory=1)
     found = claims.run_claims(ROWS | {"paged": idle})
     for title in ("on-demand", "run at once"):
         claim = text_of(title, found)
         assert claim.basis == claims.NOT_MEASURED
-        assert "waited in only 1 of 1000 steps" in claim.ours
+        assert "waited for memory in only 1 of 1000 steps" in claim.ours
     assert text_of("reserving the longest", found).basis == claims.MEASURED
 
 
@@ -106,15 +106,15 @@ def test_claims_without_any_run_still_print():
     assert all(len(line) <= 100 for line in text.splitlines())
 
 
-def test_the_default_budget_is_the_papers_to_scale_2_5_times_and_rounds_nothing_up():
+def test_the_default_budget_holds_16_requests_under_max_and_rounds_nothing_up():
     config = engine_config(
         PRESETS["smollm2-135m"], max_seq_len=768, num_slots=demo.NUM_SLOTS, num_requests=64,
         page_size=demo.PAGE_SIZE, kv_dtype="float32", kv_bytes=demo.KV_BYTES,
     )  # fmt: skip
     assert config.pages_per_slot == 64  # a power of two: the buddies round nothing up
-    assert config.num_pages == 1228
+    assert config.num_pages == 1024
     text = demo.budget_text(config, demo.KV_BYTES)
-    assert "1228 pages of 12 tokens" in text and "19 requests of 768 tokens" in text
+    assert "1024 pages of 12 tokens" in text and "16 requests of 768 tokens" in text
     assert "rounded up" not in text
 
 

@@ -1,0 +1,71 @@
+"""Rates and shares of a run, from step records written by hand."""
+
+import pytest
+
+from jaxpage.config import EngineConfig
+from jaxpage.sim.metrics import steps_short_of_memory, summarise, waste_shares
+
+CONFIG = EngineConfig(
+    num_slots=4, num_pages=10, page_size=1, pages_per_slot=8, num_requests=9, token_buckets=(4, 16)
+)
+
+
+def record(num_tokens: int, num_running: int, num_waiting: int, *memory: int) -> dict[str, int]:
+    names = ("token_states", "reservation", "internal", "external", "idle")
+    return {
+        "num_tokens": num_tokens,
+        "num_running": num_running,
+        "num_waiting": num_waiting,
+        "num_preempted": 0,
+        **dict(zip(names, memory, strict=True)),
+    }
+
+
+FILLING = record(16, 2, 5, 4, 0, 0, 6, 0)  # the budget is what they wait for
+SHORT = record(3, 3, 4, 7, 1, 2, 0, 0)
+SHORT_TOO = record(2, 2, 4, 5, 1, 0, 4, 0)
+ALL_SLOTS = record(4, 4, 3, 8, 0, 1, 1, 0)
+IDLE = record(1, 1, 0, 1, 0, 0, 0, 9)
+
+
+def summary_of(*records: dict[str, int]) -> dict[str, float]:
+    return summarise(
+        records,
+        CONFIG,
+        wall_s=2.0,
+        num_prompt_tokens=10,
+        num_output_tokens=30,
+        normalized_latencies_s=[0.5, 1.5],
+    )
+
+
+def test_only_steps_that_lack_memory_and_neither_slot_nor_budget_count_as_short_of_it():
+    records = [FILLING, SHORT, ALL_SLOTS, IDLE]
+    assert steps_short_of_memory(records, CONFIG) == [SHORT]
+
+
+def test_shares_are_means_over_the_steps_short_of_memory():
+    summary = summary_of(FILLING, SHORT, SHORT_TOO, ALL_SLOTS, IDLE)
+    assert (summary["steps"], summary["steps_short_of_memory"]) == (5, 2)
+    assert summary["mean_batched_requests"] == 2.5
+    shares = [
+        summary[f"{n}_share"] for n in ("token_states", "reservation", "internal", "external")
+    ]
+    assert shares == pytest.approx([0.6, 0.1, 0.1, 0.2])
+
+
+def test_with_memory_for_all_the_shares_are_over_all_steps_and_idle_memory_is_no_waste():
+    summary = summary_of(FILLING, IDLE)
+    assert (summary["steps_short_of_memory"], summary["mean_batched_requests"]) == (0, 1.5)
+    assert summary["token_states_share"] == pytest.approx(0.25)
+    assert summary["external_share"] == pytest.approx(0.3)
+
+
+def test_rates_count_what_was_printed_and_what_was_read():
+    summary = summary_of(SHORT)
+    assert (summary["output_tokens_per_s"], summary["total_tokens_per_s"]) == (15.0, 20.0)
+    assert summary["normalized_latency_s_per_token"] == 1.0
+
+
+def test_no_steps_have_no_shares():
+    assert set(waste_shares([]).values()) == {0.0}
