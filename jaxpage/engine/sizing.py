@@ -11,18 +11,18 @@ PREFILL_TOKENS = (256, 512)
 
 
 def token_buckets(num_slots: int, max_seq_len: int) -> tuple[int, ...]:
-    """Step sizes: four rows, or a third, half, three quarters, all of the slots; two with prompts.
+    """Step sizes: four rows, a third, two thirds, or all generate; little prompt; much prompt.
 
-    Four, for the last few requests and for people who ask one by one. All are rounded up to
+    Four, for the last few requests and for people who ask one by one. Thirds are rounded up to
     fours, the height of a CPU product's tile. A bucket beyond what all slots could ever bring at
     once is left out.
     """
     most = num_slots * max_seq_len
-    parts = (min(-(-num_slots * n // 48) * 4, num_slots) for n in (4, 6, 9))
+    thirds = (min(-(-num_slots * n // 12) * 4, num_slots) for n in (1, 2))
     prompts = (min(size, most) for size in PREFILL_TOKENS)
     return tuple(
         sorted(
-            {min(4, num_slots), *parts, num_slots, *(size for size in prompts if size > num_slots)}
+            {min(4, num_slots), *thirds, num_slots, *(size for size in prompts if size > num_slots)}
         )
     )
 
