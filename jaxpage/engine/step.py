@@ -126,11 +126,14 @@ def _smallest_holding(num_tokens: jax.Array, sizes: tuple[int, ...]) -> jax.Arra
 def _forward_bucket(
     bucket: int, setup: Setup, params: Params, pool: KvPool, plan: Plan, requests: Requests
 ) -> tuple[jax.Array, KvPool]:
-    """The last states of the rows that sample, one after another, `[B, E]`, and the pool."""
+    """Last states of the rows that sample, one after another, then zeros: `[B, E]`; and the pool."""
     batch = pack(plan, requests, bucket, pool.page_size, pool.num_pages)
     states, pool = llama.forward(params, pool, batch, setup.model, setup.attention)
-    last = batch.cu_q_lens[1:].at[_sampling_slots(plan)].get(mode="fill", fill_value=1) - 1
-    return states[last], pool
+    nowhere = bucket + 1
+    end = batch.cu_q_lens[1:].at[_sampling_slots(plan)].get(mode="fill", fill_value=nowhere)
+    # Filled, not only indexed: with one slot XLA would cut the state out of the layers' loop, and
+    # then copy the pool where the branches end.
+    return states.at[end - 1].get(mode="fill", fill_value=0), pool
 
 
 def _sampling_slots(plan: Plan) -> jax.Array:
