@@ -126,7 +126,7 @@ def _smallest_holding(num_tokens: jax.Array, sizes: tuple[int, ...]) -> jax.Arra
 def _forward_bucket(
     bucket: int, setup: Setup, params: Params, pool: KvPool, plan: Plan, requests: Requests
 ) -> tuple[jax.Array, KvPool]:
-    """Last states of the rows that sample, one after another, then zeros: `[B, E]`; and the pool."""
+    """Last states of the rows that sample, one by one, then zeros: `[B, E]`; and the pool."""
     batch = pack(plan, requests, bucket, pool.page_size, pool.num_pages)
     states, pool = llama.forward(params, pool, batch, setup.model, setup.attention)
     nowhere = bucket + 1
