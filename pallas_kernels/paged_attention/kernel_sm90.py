@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 LOG2E = math.log2(math.e)
+HEAD_DIMS = (64, 128)  # those that lower; 80, 96 and 256 pass the interpreter and find no layout
 Q_ROWS = 64  # the height of a wgmma tile; query heads beyond the group's compute what nobody reads
 SMEM_BYTES = 226 * 1024  # of the 227 KiB that a thread block can have; 1 for barriers
 CONSUMER, PRODUCER = 0, 1
@@ -27,8 +28,8 @@ CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
 class Tile(NamedTuple):
     """The static shape of a launch."""
 
-    block_tokens: int  # KV tokens in one stage of the ring, a multiple of 16
-    stages: int
+    block_tokens: int = 64  # KV tokens in one stage of the ring, a multiple of 64
+    stages: int = 4
     split_tokens: int = 1024  # KV tokens of one split, a multiple of `block_tokens`
 
     def smem_bytes(self, head_dim: int, itemsize: int = 2) -> int:
@@ -39,11 +40,7 @@ class Tile(NamedTuple):
         return q + p + ring + out
 
 
-def default_tile(head_dim: int) -> Tile:
-    """As many stages as fit, four at most."""
-    block_tokens = 64 if head_dim <= 128 else 32
-    tiles = (Tile(block_tokens, stages) for stages in (4, 3, 2))
-    return next(tile for tile in tiles if tile.smem_bytes(head_dim) <= SMEM_BYTES)
+DEFAULT_TILE = Tile()
 
 
 class Geometry(NamedTuple):
@@ -65,14 +62,13 @@ class Geometry(NamedTuple):
 
 def attend(
     q, k_pages, v_pages, lengths, page_indices, cu_q_lens, *, sm_scale, soft_cap, window,
-    tile: Tile | None = None, interpret=None,
+    tile: Tile = DEFAULT_TILE, interpret=None,
 ):  # fmt: skip
     """The contract of `reference.attend` for decode, one query a row: `cu_q_lens` must be None.
 
-    q and pages are bfloat16 or float16, alike. Raises NotImplementedError for what it cannot do.
+    q and pages are bfloat16 or float16, alike. Raises as `check_supported` does.
     """
     num_rows, num_heads, head_dim = q.shape
-    tile = default_tile(head_dim) if tile is None else tile
     check_supported(q, k_pages, cu_q_lens, tile)
     num_pages, num_kv_heads, page_size, _ = k_pages.shape
     group = num_heads // num_kv_heads
@@ -100,7 +96,10 @@ def attend(
 
 
 def check_supported(q, k_pages, cu_q_lens, tile: Tile) -> None:
-    """Raises NotImplementedError, with the way out, for what the kernel does not do."""
+    """Raises NotImplementedError, with the way out, for what the kernel does not do.
+
+    A `tile` that cannot be launched is a ValueError.
+    """
     page_size, head_dim = k_pages.shape[2:]
     other = 'use implementation="xla"'
     if cu_q_lens is not None:
@@ -114,15 +113,19 @@ def check_supported(q, k_pages, cu_q_lens, tile: Tile) -> None:
             f"{page_size=} must be a multiple of 8 that divides {tile.block_tokens} or is a "
             f"multiple of it: {other}."
         )
-    if head_dim % 16 or head_dim > 256:
-        raise NotImplementedError(f"{head_dim=} must be a multiple of 16 up to 256: {other}.")
+    if head_dim not in HEAD_DIMS:
+        raise NotImplementedError(f"{head_dim=} must be one of {HEAD_DIMS}: {other}.")
+    if q.shape[1] // k_pages.shape[1] > Q_ROWS:
+        raise NotImplementedError(f"More than {Q_ROWS} query heads share a KV head: {other}.")
+    if tile.block_tokens % 64 or tile.split_tokens % tile.block_tokens:
+        raise ValueError(
+            f"{tile}: block_tokens must be a multiple of 64 and split_tokens one of block_tokens."
+        )
     if (needed := tile.smem_bytes(head_dim)) > SMEM_BYTES:
         raise ValueError(
             f"{tile} needs {needed} bytes of shared memory for {head_dim=}, more than "
             f"{SMEM_BYTES}: take fewer stages or smaller blocks."
         )
-    if q.shape[1] // k_pages.shape[1] > Q_ROWS:
-        raise NotImplementedError(f"More than {Q_ROWS} query heads share a KV head: {other}.")
 
 
 def combine(out, top, total):
