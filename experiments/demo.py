@@ -5,9 +5,9 @@
 Serves 64 ShareGPT prompts with SmolLM2-135M under `paged`, `oracle`, `pow2` and `max`, answers a
 few questions, and prints a table and the article's claims beside what was measured. DIR gets
 `results.jsonl`, `answers.jsonl`, `claims.jsonl`, three pictures, and a folder for each run as
-`experiments.serve` writes it. Seven minutes on two cores. Expected: the same tokens under every
-allocator; `max` runs 16 requests at once and `paged` about 36 (the paper's Fig 13: 7 and 30). It
-would be refuted if `paged` batched no more than `oracle`.
+`experiments.serve` writes it. About eight minutes on two cores. Expected: the same tokens under
+every allocator; `max` runs 16 requests at once and `paged` about 36 (the paper's Fig 13: 7 and 30).
+It would be refuted if `paged` batched no more than `oracle`.
 """
 
 import time

@@ -10,6 +10,7 @@ import pytest
 from paging_oracle import PageTableOracle
 
 from jaxpage.paging import page_table
+from jaxpage.paging.allocator import Table
 from jaxpage.paging.page_table import PageTable
 
 # slots, pages a slot, pages, page size: pools that are not powers of two, and too small for all
@@ -45,7 +46,7 @@ def i32(values) -> jax.Array:
     return jnp.asarray(np.asarray(values, np.int32))
 
 
-def mask(table: PageTable, *rows: int) -> np.ndarray:
+def mask(table: Table, *rows: int) -> np.ndarray:
     return np.isin(np.arange(table.lengths.shape[0]), rows)
 
 
