@@ -108,10 +108,13 @@ def _full_queue(config: EngineConfig, allocator: Allocator) -> SchedulerState:
     prompt_lens = rng.integers(20, 300, config.num_requests).astype(np.int32)
     output_lens = rng.integers(20, 400, config.num_requests).astype(np.int32)
     state = scheduler_state.create(config, allocator)
+    final_lens = jnp.asarray(prompt_lens + output_lens)
+    reserved_lens = allocator.reserve(jnp.asarray(prompt_lens), final_lens, config.max_seq_len)
     requests = state.requests.replace(
         prompt_lens=jnp.asarray(prompt_lens),
         num_tokens=jnp.asarray(prompt_lens).copy(),
-        final_lens=jnp.asarray(prompt_lens + output_lens),
+        final_lens=final_lens,
+        reserved_lens=reserved_lens.copy(),
         arrivals=jnp.arange(config.num_requests, dtype=jnp.int32),
         phases=jnp.full((config.num_requests,), WAITING, jnp.int32),
     )

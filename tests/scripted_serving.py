@@ -15,7 +15,7 @@ from jax import lax
 from scheduler_oracle import Ask
 
 from jaxpage.config import EngineConfig
-from jaxpage.paging.allocator import ALLOCATORS
+from jaxpage.paging.allocator import ALLOCATORS, Allocator
 from jaxpage.scheduling import state as scheduler_state
 from jaxpage.scheduling.accounting import record_step
 from jaxpage.scheduling.policies import POLICIES
@@ -60,12 +60,11 @@ def invariant(config: EngineConfig) -> EngineConfig:
 
 
 @functools.cache
-def compile_step(config: EngineConfig, allocator_name: str) -> Callable:
+def compile_step(config: EngineConfig, allocator: Allocator) -> Callable:
     """One step around an executor that reads a script; the policy is chosen when it runs.
 
     What the executor gives for slots that sample nothing is made to hurt whoever reads it.
     """
-    allocator = ALLOCATORS[allocator_name]
 
     def step(state, policy_index, outputs, fails):
         def policy(requests, computed):
@@ -108,9 +107,10 @@ class Serving:
 
     def __init__(self, config: EngineConfig, allocator: str = "paged", policy: str = "fcfs"):
         self.config = config
-        self.step_fn = compile_step(config, allocator)
         self.policy_index = np.int32(list(CHOICES).index(policy))
-        self.state = scheduler_state.create(config, ALLOCATORS[allocator])
+        self.allocator = ALLOCATORS[allocator]
+        self.step_fn = compile_step(config, self.allocator)
+        self.state = scheduler_state.create(config, self.allocator)
         self.outputs = np.zeros((MOST_REQUESTS, config.max_seq_len), np.int32)
         self.fails = np.zeros((MOST_REQUESTS, config.max_seq_len), bool)
         self.rows: dict[int, int] = {}  # of the queue, by arrival
@@ -124,9 +124,13 @@ class Serving:
                 self.fails[number, len(ask.prompt) + i] = i == ask.fails_at
             row = min(set(range(self.config.num_requests)) - set(self.rows.values()))
             self.rows[number] = row
+            reserved = self.allocator.reserve(
+                jnp.int32(len(ask.prompt)), jnp.int32(ask.final_len), self.config.max_seq_len
+            )
             request = waiting_request(
                 ask.prompt,
                 final_len=ask.final_len,
+                reserved_len=int(reserved),
                 max_len=self.config.max_seq_len,
                 arrival=number,
                 ignore_eos=ask.ignore_eos,

@@ -70,6 +70,7 @@ sequences = st.tuples(st.integers(1, 14), st.integers(1, 14), st.integers(0, 15)
 @pytest.mark.parametrize("name", ALLOCATORS)
 def test_the_shares_are_those_of_counting_and_add_up_to_the_pool(name):
     admit, append = verbs(name)
+    reserve = ALLOCATORS[name].reserve
     met = set()
 
     @settings(max_examples=80, deadline=None, derandomize=True)
@@ -85,7 +86,8 @@ def test_the_shares_are_those_of_counting_and_add_up_to_the_pool(name):
         for slot, (prompt, outputs, written) in enumerate(rows):
             final = min(prompt + outputs, CONFIG.max_seq_len)
             known = min(written, final)
-            numbers = (i32(number) for number in (slot, known, prompt, final, 0))
+            reserved = int(reserve(i32(prompt), i32(final), CONFIG.max_seq_len))
+            numbers = (i32(number) for number in (slot, known, reserved, 0))
             table, outcome = admit(table, *numbers)
             if outcome != status.OK:
                 continue

@@ -70,18 +70,42 @@ def test_no_step_copies_the_pool(allocator, form, num_slots):
     assert memory.alias_size_in_bytes > pool_bytes
 
 
-def test_nothing_compiles_while_serving():
+@pytest.fixture
+def num_compiled():
+    """Tells how many programs XLA has compiled since the test began."""
     counted = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, duration_secs, **kwargs: counted.append(event)
-    )
-    engine = build()
+
+    def listen(event: str, duration_secs: float, **_) -> None:
+        counted.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield lambda: counted.count("/jax/core/compile/backend_compile_duration")
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_nothing_compiles_while_serving(num_compiled):
+    # A queue of seven, so that no other test has compiled this engine before.
+    engine = build(setup_of(replace(CONFIG, num_requests=7)))
     engine.compile()
-    before = counted.count("/jax/core/compile/backend_compile_duration")
+    before = num_compiled()
     assert before > 0
     engine.serve(REQUESTS)
     engine.serve([replace(r, temperature=0.7, seed=5, max_new_tokens=3) for r in REQUESTS[:2]])
-    assert counted.count("/jax/core/compile/backend_compile_duration") == before
+    assert num_compiled() == before
+
+
+def test_allocators_that_differ_by_rule_alone_are_one_program(num_compiled):
+    config = replace(CONFIG, num_pages=32)
+    params = params_of()
+    build(setup_of(config, allocator="oracle"), params).compile()
+    engines = [build(setup_of(config, allocator=name), params) for name in ("pow2", "max")]
+    for engine in engines:
+        engine.refusal(REQUESTS[0])  # the rule itself is a few small programs
+    before = num_compiled()
+    for engine in engines:
+        engine.compile()
+    assert num_compiled() == before
+    assert [engine.setup.allocator.name for engine in engines] == ["pow2", "max"]
 
 
 def test_answers_do_not_depend_on_company_allocator_policy_or_form_of_weights():

@@ -202,10 +202,15 @@ class Engine:
 
     def _pages_at_most(self, prompt_len: int, final_len: int) -> int:
         """Pages that one sequence will hold at once, whole buddies for the contiguous."""
-        config, allocator = self.setup.engine, self.setup.allocator
-        tokens = allocator.reserve(jnp.int32(prompt_len), jnp.int32(final_len), config.max_seq_len)
-        pages = num_pages_for(int(tokens), config.page_size)
-        return pages if allocator.grows else 1 << (pages - 1).bit_length()
+        tokens = self._reserved_len(prompt_len, final_len)
+        pages = num_pages_for(tokens, self.setup.engine.page_size)
+        return pages if self.setup.allocator.grows else 1 << (pages - 1).bit_length()
+
+    def _reserved_len(self, prompt_len: int, final_len: int) -> int:
+        """Tokens whose memory the allocator's rule reserves for a request."""
+        max_len = self.setup.engine.max_seq_len
+        reserve = self.setup.allocator.reserve
+        return int(reserve(jnp.int32(prompt_len), jnp.int32(final_len), max_len))
 
     def _feed(self, run: "_Run", now_s: float) -> None:
         """Submits the requests that have arrived, as far as the queue has rows."""
@@ -217,9 +222,12 @@ class Engine:
             run.journal.request_ids[row] = request.id
 
     def _request_row(self, request: Request) -> Requests:
+        prompt_len = len(request.prompt_ids)
+        final_len = prompt_len + request.max_new_tokens
         return waiting_request(
             request.prompt_ids,
-            final_len=len(request.prompt_ids) + request.max_new_tokens,
+            final_len=final_len,
+            reserved_len=self._reserved_len(prompt_len, final_len),
             max_len=self.setup.engine.max_seq_len,
             arrival=self._num_submitted,
             ignore_eos=request.ignore_eos,

@@ -5,7 +5,7 @@ tokens come and may run out while sequences run; a contiguous one reserves at ad
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import jax
@@ -23,17 +23,18 @@ Table = PageTable | ContiguousTable
 class Allocator[T]:
     """The verbs of one kind of table, `T`.
 
-    `admit(table, row, soon, prompt, final, owed)` readies an empty row for a sequence that will
-    have `soon` tokens before long, has a prompt of `prompt`, and ends with `final` at most; `owed`
+    `admit(table, row, soon, reserved, owed)` readies an empty row for a sequence that will have
+    `soon` tokens before long and is to have memory for `reserved` if it is given at once; `owed`
     pages are promised to others. It returns the table and a status.
     `append(table, counts, max_new_pages)` makes room for tokens, as in `page_table.append`.
     `fitting(table, order, counts)` says which rows could append `counts` at once if all rows after
     them in `order` gave up their pages: a prefix of the order, `bool[B]`.
+    `grows` says whether memory is taken page by page, or all at admission in a power of two pages.
     `reserve(prompt, final, max_len)` is how many tokens' memory a sequence needs at its fullest.
-    `grows` says whether it is taken page by page, or all at admission in a buddy's power of two.
+    The host asks it once a request and the answer is data, so that allocators which differ by
+    rule and name alone are one to the compiler.
     """
 
-    name: str
     grows: bool
     create: Callable[[EngineConfig], T]
     admit: Callable[..., tuple[T, jax.Array]]
@@ -41,15 +42,16 @@ class Allocator[T]:
     fitting: Callable[[T, jax.Array, jax.Array], jax.Array]
     release: Callable[[T, jax.Array], T]
     violations: Callable[[T], jax.Array]
-    reserve: ReserveFn
+    name: str = field(compare=False)
+    reserve: ReserveFn = field(compare=False)
 
 
 def _create(create: Callable, config: EngineConfig):
     return create(config.num_slots, config.pages_per_slot, config.num_pages, config.page_size)
 
 
-def _admit_paged(table: PageTable, row, soon, prompt, final, owed):
-    del row, prompt, final
+def _admit_paged(table: PageTable, row, soon, reserved, owed):
+    del row, reserved
     enough = num_pages_for(soon, table.page_size) <= table.num_free - owed
     return table, jnp.where(enough, status.OK, status.OUT_OF_PAGES)
 
@@ -63,31 +65,19 @@ def _fitting_paged(table: PageTable, order: jax.Array, counts: jax.Array) -> jax
     return jnp.zeros_like(fits).at[order].set(fits)
 
 
-def _contiguous(name: str, reserve: ReserveFn) -> Allocator[ContiguousTable]:
-    def admit(table: ContiguousTable, row, soon, prompt, final, owed):
-        del soon, owed
-        max_len = table.pages_per_slot * table.page_size
-        return contiguous.reserve(table, row, reserve(prompt, final, max_len))
+def _admit_contiguous(table: ContiguousTable, row, soon, reserved, owed):
+    del soon, owed
+    return contiguous.reserve(table, row, reserved)
 
-    def append(table: ContiguousTable, counts, max_new_pages=None):
-        del max_new_pages
-        return contiguous.append(table, counts)
 
-    def fitting(table: ContiguousTable, order, counts):
-        del order
-        return table.lengths + counts <= table.reserved_tokens
+def _append_contiguous(table: ContiguousTable, counts: jax.Array, max_new_pages=None):
+    del max_new_pages
+    return contiguous.append(table, counts)
 
-    return Allocator(
-        name=name,
-        grows=False,
-        create=partial(_create, contiguous.create),
-        admit=admit,
-        append=append,
-        fitting=fitting,
-        release=contiguous.release,
-        violations=contiguous.violations,
-        reserve=reserve,
-    )
+
+def _fitting_contiguous(table: ContiguousTable, order: jax.Array, counts: jax.Array) -> jax.Array:
+    del order
+    return table.lengths + counts <= table.reserved_tokens
 
 
 PAGED: Allocator[PageTable] = Allocator(
@@ -102,12 +92,24 @@ PAGED: Allocator[PageTable] = Allocator(
     reserve=contiguous.reserve_oracle,
 )
 
+ORACLE: Allocator[ContiguousTable] = Allocator(
+    name="oracle",
+    grows=False,
+    create=partial(_create, contiguous.create),
+    admit=_admit_contiguous,
+    append=_append_contiguous,
+    fitting=_fitting_contiguous,
+    release=contiguous.release,
+    violations=contiguous.violations,
+    reserve=contiguous.reserve_oracle,
+)
+
 ALLOCATORS: dict[str, Allocator] = {
     allocator.name: allocator
     for allocator in (
         PAGED,
-        _contiguous("oracle", contiguous.reserve_oracle),
-        _contiguous("pow2", contiguous.reserve_pow2),
-        _contiguous("max", contiguous.reserve_max),
+        ORACLE,
+        replace(ORACLE, name="pow2", reserve=contiguous.reserve_pow2),
+        replace(ORACLE, name="max", reserve=contiguous.reserve_max),
     )
 }

@@ -44,6 +44,7 @@ class Requests(struct.PyTreeNode):
     prompt_lens: jax.Array  # i32[R]
     num_tokens: jax.Array  # i32[R], tokens known: prompt and output so far
     final_lens: jax.Array  # i32[R], tokens at which the request ends by length
+    reserved_lens: jax.Array  # i32[R], tokens whose memory it is given if all is given at once
     arrivals: jax.Array  # i32[R], order of arrival
     phases: jax.Array  # i32[R]
     finish_reasons: jax.Array  # i32[R]
@@ -90,6 +91,7 @@ def create(config: EngineConfig, allocator: Allocator) -> SchedulerState:
         prompt_lens=ints(),
         num_tokens=ints(),
         final_lens=ints(),
+        reserved_lens=ints(),
         arrivals=ints(),
         phases=ints(FREE),
         finish_reasons=ints(NOT_DONE),
@@ -117,6 +119,7 @@ def waiting_request(
     prompt_ids: Sequence[int],
     *,
     final_len: int,
+    reserved_len: int,
     max_len: int,
     arrival: int,
     ignore_eos: bool,
@@ -124,7 +127,8 @@ def waiting_request(
 ) -> Requests:
     """One row of `Requests`, without the leading axis: a new request of `final_len` tokens at most.
 
-    `max_len` is `N`, the row's capacity; `sampling` holds scalars.
+    `reserved_len` is what the allocator's rule reserves for it; `max_len` is `N`, the row's
+    capacity; `sampling` holds scalars.
     """
     tokens = np.zeros((max_len,), np.int32)
     tokens[: len(prompt_ids)] = prompt_ids
@@ -138,6 +142,7 @@ def waiting_request(
         prompt_lens=integer(len(prompt_ids)),
         num_tokens=integer(len(prompt_ids)),
         final_lens=integer(final_len),
+        reserved_lens=integer(reserved_len),
         arrivals=integer(arrival),
         phases=integer(WAITING),
         finish_reasons=integer(NOT_DONE),

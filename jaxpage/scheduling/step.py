@@ -284,8 +284,7 @@ def _admit(
             table,
             candidate.row,
             wanted,
-            requests.prompt_lens[request],
-            requests.final_lens[request],
+            requests.reserved_lens[request],
             owed,
         )
         admitted = outcome == status.OK
