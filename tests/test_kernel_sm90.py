@@ -1,4 +1,4 @@
-"""The Hopper decode kernel against the reference, under the GPU interpreter that finds races.
+"""The Hopper kernel against the reference, under the GPU interpreter that finds races.
 
 The interpreter is thousands of times slower than a GPU: problems here are tiny, and all differ.
 Whether the kernel compiles for a card is another question.
@@ -14,7 +14,7 @@ from attention_oracle import Problem, assert_close, make_problem
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.paged_attention import kernel_sm90, paged_attention
-from pallas_kernels.paged_attention.kernel_sm90 import Tile
+from pallas_kernels.paged_attention.config import Tile
 
 S = 16
 TILE = Tile(block_tokens=64, stages=2, split_tokens=128)
@@ -38,9 +38,9 @@ def run_kernel(
     return out.astype(q.dtype), tuple(residuals)
 
 
-def problem_of(lengths, **shape) -> Problem:
+def problem_of(lengths, q_lens=None, **shape) -> Problem:
     shape = {"num_kv_heads": 1, "group": 2, "head_dim": 64, "dtype": jnp.bfloat16} | shape
-    return make_problem(lengths, **shape)
+    return make_problem(lengths, q_lens, **shape)
 
 
 def check(problem: Problem, tile: Tile = TILE, **options):
@@ -141,10 +141,57 @@ def test_a_tile_that_cannot_be_launched_is_refused_before_launch(tile, message):
         problem.call(functools.partial(run_kernel, tile=tile))
 
 
-def test_ragged_steps_are_refused():
-    problem = problem_of((5,), q_lens=(2,))
-    with pytest.raises(NotImplementedError, match="without cu_q_lens"):
-        problem.call(run_kernel)
+# --- ragged steps: tiles of 64 lines, here eight queries of eight lines each ----------------------
+
+
+def test_prompts_of_all_lengths_and_decodes_share_a_step():
+    q_lens = (1, 8, 0, 9, 17, 1, 40, 3)
+    lengths = (129, 8, 0, 9, 150, 1, 64, 131)
+    check(problem_of(lengths, q_lens, num_tokens=sum(q_lens) + 5))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"soft_cap": 1.5},
+        {"sliding_window": 1},
+        {"sliding_window": 11},
+        {"sm_scale": 0.3, "soft_cap": 4.0, "sliding_window": 129},
+    ],
+    ids=str,
+)
+def test_options_of_ragged_steps(options):
+    check(problem_of((150, 12, 71), (20, 12, 1)), **options)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"num_kv_heads": 2, "group": 3, "page_size": 8},
+        {"group": 24},  # two queries a tile, of 48 lines
+        {"group": 40, "head_dim": 128},  # one query a tile
+        {"group": 1, "dtype": jnp.float16, "page_size": 128},
+    ],
+    ids=str,
+)
+def test_shapes_of_ragged_steps(shape):
+    check(problem_of((70, 3, 130), (13, 3, 1), **shape))
+
+
+def test_a_querys_bits_do_not_depend_on_the_step_that_computes_it():
+    whole = problem_of((150, 40), (31, 1))
+    out, _ = whole.call(run_kernel)
+    args = whole.k_pages, whole.v_pages
+    for first, count in ((0, 5), (5, 16), (21, 10)):  # the prompt's end, cut into three chunks
+        part, _ = run_kernel(
+            whole.q[first : first + count], *args, jnp.asarray([119 + first + count], jnp.int32),
+            jnp.asarray(whole.page_indices[:1]), cu_q_lens=jnp.asarray([0, count], jnp.int32),
+        )  # fmt: skip
+        assert np.asarray(part).tobytes() == np.asarray(out[first : first + count]).tobytes()
+    alone, _ = run_kernel(
+        whole.q[31:], *args, jnp.asarray([40], jnp.int32), jnp.asarray(whole.page_indices[1:])
+    )
+    assert np.asarray(alone).tobytes() == np.asarray(out[31:]).tobytes()
 
 
 def test_without_a_gpu_the_kernel_is_refused_by_name():

@@ -1,0 +1,89 @@
+"""The static shape of a launch: what a kernel may be asked for, and the shared memory it takes."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+Q_LINES = 64  # the height of a wgmma tile; lines beyond those used compute what nobody reads
+SM90_SMEM_BYTES = 226 * 1024  # of the 227 KiB that a thread block can have; 1 for barriers
+SM90_HEAD_DIMS = (
+    64,
+    128,
+)  # those that lower; 80, 96 and 256 pass the interpreter and find no layout
+OTHER = 'use implementation="xla"'
+
+
+class Tile(NamedTuple):
+    """How a kernel cuts the KV of a row."""
+
+    block_tokens: int = 64  # KV tokens in one stage of the ring, a multiple of 64
+    stages: int = 4
+    split_tokens: int = 1024  # KV tokens of one split, a multiple of `block_tokens`
+
+    def smem_bytes(self, head_dim: int, itemsize: int = 2) -> int:
+        """Shared memory of a thread block, barriers and rounding aside."""
+        q, p = Q_LINES * head_dim * itemsize, Q_LINES * self.block_tokens * itemsize
+        ring = 2 * self.stages * self.block_tokens * head_dim * itemsize
+        out = Q_LINES * (head_dim + 2) * 4
+        return q + p + ring + out
+
+
+DEFAULT_TILE = Tile()
+
+
+class Geometry(NamedTuple):
+    """Sizes that a kernel needs, in the letters of `paged_attention`."""
+
+    num_tiles: int  # of queries
+    tile_queries: int
+    group_rows: int  # G rounded up to the 8 lines of a shared-memory tile
+    num_pages: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    table_pages: int  # M
+    num_splits: int
+
+    @property
+    def tile_lines(self) -> int:
+        """Lines of the product that hold a query head."""
+        return self.tile_queries * self.group_rows
+
+    @property
+    def table_tokens(self) -> int:
+        return self.table_pages * self.page_size
+
+
+def group_rows_of(group: int) -> int:
+    """Lines that the `group` query heads of one KV head take."""
+    return -(-group // 8) * 8
+
+
+def check_sm90(q, k_pages, tile: Tile) -> None:
+    """Raises NotImplementedError, with the way out, for what the Hopper kernel does not do.
+
+    A `tile` that cannot be launched is a ValueError.
+    """
+    page_size, head_dim = k_pages.shape[2:]
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or q.dtype != k_pages.dtype:
+        raise NotImplementedError(
+            f"{q.dtype=} and {k_pages.dtype=} must both be bfloat16 or both float16: {OTHER}."
+        )
+    if page_size % 8 or max(page_size, tile.block_tokens) % min(page_size, tile.block_tokens):
+        raise NotImplementedError(
+            f"{page_size=} must be a multiple of 8 that divides {tile.block_tokens} or is a "
+            f"multiple of it: {OTHER}."
+        )
+    if head_dim not in SM90_HEAD_DIMS:
+        raise NotImplementedError(f"{head_dim=} must be one of {SM90_HEAD_DIMS}: {OTHER}.")
+    if q.shape[1] // k_pages.shape[1] > Q_LINES:
+        raise NotImplementedError(f"More than {Q_LINES} query heads share a KV head: {OTHER}.")
+    if tile.block_tokens % 64 or tile.split_tokens % tile.block_tokens:
+        raise ValueError(
+            f"{tile}: block_tokens must be a multiple of 64 and split_tokens one of block_tokens."
+        )
+    if (needed := tile.smem_bytes(head_dim)) > SM90_SMEM_BYTES:
+        raise ValueError(
+            f"{tile} needs {needed} bytes of shared memory for {head_dim=}, more than "
+            f"{SM90_SMEM_BYTES}: take fewer stages or smaller blocks."
+        )
