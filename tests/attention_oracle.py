@@ -22,6 +22,7 @@ class Problem:
     lengths: np.ndarray
     page_indices: np.ndarray
     cu_q_lens: np.ndarray | None
+    scales: dict[str, jax.Array] = dataclasses.field(default_factory=dict)  # of quantised pages
 
     def call(self, attention, **options):
         return attention(
@@ -31,7 +32,7 @@ class Problem:
             jnp.asarray(self.lengths),
             jnp.asarray(self.page_indices),
             cu_q_lens=None if self.cu_q_lens is None else jnp.asarray(self.cu_q_lens),
-            **options,
+            **self.scales | options,
         )
 
     @property
@@ -59,9 +60,14 @@ def make_problem(
     head_dim=64,
     table_pages=None,
     dtype=jnp.float32,
+    quantised=None,
     seed=0,
 ) -> Problem:
-    """Rows of the given lengths, pages shuffled; unused slots NaN, unused entries out of range."""
+    """Rows of the given lengths, pages shuffled; unused slots NaN, unused entries out of range.
+
+    `quantised` is a dtype of pages with scales, which are NaN for pages that nobody uses; in int8,
+    which has no NaN, unused slots hold what the largest score would come from.
+    """
     rng = np.random.default_rng(seed)
     lengths = np.asarray(lengths, np.int32)
     live_pages = -(-lengths // page_size)
@@ -83,15 +89,33 @@ def make_problem(
         num_tokens = num_tokens or int(cu_q_lens[-1])
     q_shape = (num_tokens or len(lengths), num_kv_heads * group, head_dim)
     q = jnp.asarray(rng.standard_normal(q_shape), dtype)
+    scales = {}
+    if quantised is not None:
+        used = ~np.isnan(k_pages).all(axis=(2, 3))
+        for name, factor in (("k_scales", 0.01), ("v_scales", 0.3)):
+            drawn = factor * (1 + rng.random((num_pages, num_kv_heads)))
+            scales[name] = jnp.asarray(np.where(used, drawn, np.nan), jnp.float32)
+        k_pages, v_pages = (_quantise(pages, quantised) for pages in (k_pages, v_pages))
+        dtype = quantised
     k_pages, v_pages = jnp.asarray(k_pages, dtype), jnp.asarray(v_pages, dtype)
-    return Problem(q, k_pages, v_pages, lengths, page_indices, cu_q_lens)
+    return Problem(q, k_pages, v_pages, lengths, page_indices, cu_q_lens, scales)
 
 
-def oracle(problem: Problem, *, sm_scale=None, soft_cap=None, sliding_window=None):
+def _quantise(pages: np.ndarray, dtype) -> np.ndarray:
+    if jnp.issubdtype(dtype, jnp.floating):
+        return 8 * pages
+    return np.nan_to_num(np.round(30 * pages), nan=127).clip(-127, 127)
+
+
+def oracle(problem: Problem, *, sm_scale=None, soft_cap=None, sliding_window=None, sinks=None):
     """(out, m, l) in float64, one token, head and key at a time."""
     q, k_pages, v_pages = (
-        np.asarray(x, np.float64) for x in (problem.q, problem.k_pages, problem.v_pages)
+        np.asarray(x.astype(jnp.float32), np.float64)
+        for x in (problem.q, problem.k_pages, problem.v_pages)
     )
+    if problem.scales:
+        k_pages = k_pages * np.asarray(problem.scales["k_scales"], np.float64)[..., None, None]
+        v_pages = v_pages * np.asarray(problem.scales["v_scales"], np.float64)[..., None, None]
     _, num_heads, head_dim = q.shape
     page_size, group = k_pages.shape[2], num_heads // k_pages.shape[1]
     out, top, total = np.zeros_like(q), np.full(q.shape[:2], -np.inf), np.zeros(q.shape[:2])
@@ -108,9 +132,10 @@ def oracle(problem: Problem, *, sm_scale=None, soft_cap=None, sliding_window=Non
             v = np.stack([v_pages[page, head // group, slot] for page, slot in keys])
             s = k @ q[token, head] * (head_dim**-0.5 if sm_scale is None else sm_scale)
             s = s if soft_cap is None else soft_cap * np.tanh(s / soft_cap)
-            top[token, head] = s.max()
-            total[token, head] = np.exp(s - s.max()).sum()
-            out[token, head] = np.exp(s - s.max()) @ v / total[token, head]
+            all_scores = s if sinks is None else np.append(s, float(sinks[head]))
+            top[token, head] = all_scores.max()
+            total[token, head] = np.exp(all_scores - all_scores.max()).sum()
+            out[token, head] = np.exp(s - all_scores.max()) @ v / total[token, head]
     return out, top, total
 
 

@@ -178,7 +178,7 @@ def test_the_order_of_the_rows_changes_no_bit(dtype):
         assert bits(take_rows(problem, order).call(run_xla)[0]) == bits(out[order])
 
 
-@pytest.mark.parametrize("group", [1, 3, 4])
+@pytest.mark.parametrize("group", [1, 3, 4, 6, 7, 9])
 def test_a_row_decodes_to_the_same_bits_alone_and_in_company(group):
     lengths = (*EDGE_LENGTHS, 300, 17, 90, 90, 1)
     problem = make_problem(lengths, num_kv_heads=3, group=group)

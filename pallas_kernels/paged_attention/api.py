@@ -9,6 +9,7 @@ from pallas_kernels.paged_attention import reference, xla
 
 Implementation = Literal["reference", "xla", "mosaic_gpu"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
+QUANTISED = ("int8", "float8_e4m3fn")  # dtypes of pages that come with scales
 
 
 def resolve_implementation(implementation: str | None = None) -> str:
@@ -38,6 +39,9 @@ def paged_attention(
     page_indices: jax.Array,
     *,
     cu_q_lens: jax.Array | None = None,
+    k_scales: jax.Array | None = None,
+    v_scales: jax.Array | None = None,
+    sinks: jax.Array | None = None,
     sm_scale: float | None = None,
     soft_cap: float | None = None,
     sliding_window: int | None = None,
@@ -61,6 +65,9 @@ def paged_attention(
         row's ceil(length / S) live pages may be anything; so may those that `sliding_window`
         hides from every query of this step.
       cu_q_lens: i32[B+1], running sum of the rows' query counts, from 0 to at most T.
+      k_scales, v_scales: f32[P, K], for quantised pages (int8 or float8_e4m3fn): what page p holds
+        for KV head k stands for its values times scales[p, k]. Pages in use must have finite ones.
+      sinks: f32[H], one more score of each query head, that takes weight and has no value.
       sm_scale: factor on the scores, D**-0.5 if None.
       soft_cap: if given, scores become soft_cap * tanh(score / soft_cap).
       sliding_window: if given, position i sees positions i - sliding_window + 1 .. i only.
@@ -69,7 +76,8 @@ def paged_attention(
 
     Returns:
       out of q's shape and dtype, zeros for padding and empty rows; with `return_residuals`
-      (out, (m, l)), both f32[.., H]: the largest score, and the sum of exp(score - m).
+      (out, (m, l)), both f32[.., H]: the largest score, and the sum of exp(score - m), sinks
+      included.
 
     Raises:
       ValueError: shapes, dtypes or options do not fit; the message says which and what would.
@@ -79,9 +87,14 @@ def paged_attention(
     lengths, page_indices = jnp.asarray(lengths), jnp.asarray(page_indices)
     cu_q_lens = None if cu_q_lens is None else jnp.asarray(cu_q_lens)
     _check_arrays(q, k_pages, v_pages)
+    _check_scales(k_pages, k_scales, v_scales)
     _check_rows(q, lengths, page_indices, cu_q_lens)
     _check_options(soft_cap, sliding_window)
+    if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.dtype != jnp.float32):
+        raise ValueError(f"{sinks.shape=}, {sinks.dtype=} must be float32 [H={q.shape[1]}].")
     options = {
+        "k_scales": k_scales,
+        "v_scales": v_scales,
         "sm_scale": q.shape[-1] ** -0.5 if sm_scale is None else sm_scale,
         "soft_cap": soft_cap,
         "window": sliding_window,
@@ -90,6 +103,8 @@ def paged_attention(
         cu_q_lens = jnp.arange(q.shape[0] + 1, dtype=jnp.int32)
     attend = _attend_of(implementation)
     out, *residuals = attend(q, k_pages, v_pages, lengths, page_indices, cu_q_lens, **options)
+    if sinks is not None:
+        out, *residuals = reference.add_sinks(out, *residuals, sinks)
     out = out.astype(q.dtype)
     return (out, tuple(residuals)) if return_residuals else out
 
@@ -115,9 +130,23 @@ def _check_arrays(q, k_pages, v_pages):
         raise ValueError(f"H={q.shape[1]} query heads must be a multiple of K={k_pages.shape[1]}.")
     if k_pages.dtype != v_pages.dtype:
         raise ValueError(f"{k_pages.dtype=} and {v_pages.dtype=} must be equal: cast one of them.")
-    for name, array in (("q", q), ("k_pages", k_pages)):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name}.dtype={array.dtype} must be floating: cast or dequantise it.")
+    if not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(f"{q.dtype=} must be floating: cast it.")
+
+
+def _check_scales(k_pages, k_scales, v_scales):
+    is_quantised = k_pages.dtype.name in QUANTISED
+    if not is_quantised and not jnp.issubdtype(k_pages.dtype, jnp.floating):
+        raise ValueError(f"{k_pages.dtype=} must be floating or one of {QUANTISED}: cast it.")
+    shape = k_pages.shape[:2]
+    for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):
+        if (scales is not None) != is_quantised:
+            raise ValueError(
+                f"{name} is {'missing' if scales is None else 'given'}, and {k_pages.dtype=}: "
+                f"scales go with pages of {QUANTISED}, and with no others."
+            )
+        if scales is not None and (scales.shape != shape or scales.dtype != jnp.float32):
+            raise ValueError(f"{name}: {scales.shape=}, {scales.dtype=} must be float32 {shape}.")
 
 
 def _check_rows(q, lengths, page_indices, cu_q_lens):

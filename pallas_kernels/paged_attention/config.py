@@ -10,6 +10,7 @@ SM90_HEAD_DIMS = (
     64,
     128,
 )  # those that lower; 80, 96 and 256 pass the interpreter and find no layout
+SM90_THREADS = 256  # of a thread block: one warpgroup copies, one multiplies
 OTHER = 'use implementation="xla"'
 
 
@@ -53,10 +54,32 @@ class Geometry(NamedTuple):
     def table_tokens(self) -> int:
         return self.table_pages * self.page_size
 
+    @property
+    def num_thread_blocks(self) -> int:
+        return self.num_tiles * self.num_kv_heads * self.num_splits
 
-def group_rows_of(group: int) -> int:
-    """Lines that the `group` query heads of one KV head take."""
-    return -(-group // 8) * 8
+
+def geometry_of(q, k_pages, page_indices, *, is_ragged: bool, tile: Tile) -> Geometry:
+    """The geometry of a call with arrays of these shapes.
+
+    A ragged step gets as many tiles as any split of its tokens over the rows can need.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    num_pages, num_kv_heads, page_size, _ = k_pages.shape
+    num_rows, table_pages = page_indices.shape
+    group_rows = -(-num_heads // num_kv_heads // 8) * 8
+    tile_queries = max(Q_LINES // group_rows, 1) if is_ragged else 1
+    return Geometry(
+        num_tiles=num_tokens // tile_queries + min(num_rows, num_tokens) if is_ragged else num_rows,
+        tile_queries=tile_queries,
+        group_rows=group_rows,
+        num_pages=num_pages,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+        table_pages=table_pages,
+        num_splits=-(-table_pages * page_size // tile.split_tokens),
+    )
 
 
 def check_sm90(q, k_pages, tile: Tile) -> None:

@@ -23,7 +23,7 @@ from pallas_kernels.paged_attention.config import (
     Geometry,
     Tile,
     check_sm90,
-    group_rows_of,
+    geometry_of,
 )
 
 LOG2E = math.log2(math.e)
@@ -32,8 +32,8 @@ CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
 
 
 def attend(
-    q, k_pages, v_pages, lengths, page_indices, cu_q_lens, *, sm_scale, soft_cap, window,
-    tile: Tile = DEFAULT_TILE, interpret=None,
+    q, k_pages, v_pages, lengths, page_indices, cu_q_lens, *, k_scales=None, v_scales=None,
+    sm_scale, soft_cap, window, tile: Tile = DEFAULT_TILE, interpret=None,
 ):  # fmt: skip
     """The contract of `reference.attend`; `cu_q_lens` None means one query for each row.
 
@@ -41,27 +41,17 @@ def attend(
     """
     num_tokens, num_heads, head_dim = q.shape
     check_sm90(q, k_pages, tile)
-    num_pages, num_kv_heads, page_size, _ = k_pages.shape
-    group = num_heads // num_kv_heads
-    group_rows = group_rows_of(group)
-    if cu_q_lens is None:
-        tiles = query_tiles.tiles_of_decode(lengths)
+    is_ragged = cu_q_lens is not None
+    geometry = geometry_of(q, k_pages, page_indices, is_ragged=is_ragged, tile=tile)
+    group = num_heads // geometry.num_kv_heads
+    if is_ragged:
+        tiles = query_tiles.tiles_of_ragged(
+            lengths, cu_q_lens, num_tokens, geometry.tile_queries, geometry.num_tiles
+        )
     else:
-        tiles = query_tiles.tiles_of_ragged(lengths, cu_q_lens, num_tokens, Q_LINES // group_rows)
-    num_tiles, tile_queries = tiles.tokens.shape
-    geometry = Geometry(
-        num_tiles=num_tiles,
-        tile_queries=tile_queries,
-        group_rows=group_rows,
-        num_pages=num_pages,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        page_size=page_size,
-        table_pages=page_indices.shape[1],
-        num_splits=-(-page_indices.shape[1] * page_size // tile.split_tokens),
-    )
+        tiles = query_tiles.tiles_of_decode(lengths)
     launch = _launcher(geometry, tile, q.dtype, sm_scale, soft_cap, window, interpret)
-    packed = query_tiles.pack(q, tiles, num_kv_heads, group_rows)
+    packed = query_tiles.pack(q, tiles, geometry.num_kv_heads, geometry.group_rows)
     place = jnp.stack([tiles.rows, tiles.positions, tiles.counts])
     out, top, total = launch(packed, k_pages, v_pages, place, page_indices)
     out, top, total = combine(

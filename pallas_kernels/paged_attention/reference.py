@@ -12,7 +12,9 @@ the results are
     l[t, h]    = sum_{j in J(t)} exp(s[t, h, j] - m[t, h])
     out[t, h]  = sum_{j in J(t)} exp(s[t, h, j] - m[t, h]) V[k, j] / l[t, h].
 
-Where J(t) is empty (padding, or a row of length 0): m = -inf, l = 0 and out = 0.
+Where J(t) is empty (padding, or a row of length 0): m = -inf, l = 0 and out = 0. A sink is one more
+score of each head, without a value: it counts in m and l alone (`add_sinks`). Quantised pages hold
+K / k_scale, one scale for each page and KV head, and the same for V.
 """
 
 import jax
@@ -29,7 +31,20 @@ def token_rows(cu_q_lens: jax.Array, lengths: jax.Array, num_tokens: int):
     return row, jnp.where(is_padding, -1, position)
 
 
-def attend(q, k_pages, v_pages, lengths, page_indices, cu_q_lens, *, sm_scale, soft_cap, window):
+def add_sinks(out, m, total, sinks):
+    """The results of attention without sinks -> with `sinks: f32[H]` (Xiao et al. 2023)."""
+    sees = total > 0
+    top = jnp.where(sees, jnp.maximum(m, sinks[None]), m)
+    base = jnp.where(sees, top, 0.0)
+    kept = total * jnp.exp(m - base)
+    total = jnp.where(sees, kept + jnp.exp(sinks[None] - base), 0.0)
+    return out * (kept / jnp.where(sees, total, 1.0))[..., None], top, total
+
+
+def attend(
+    q, k_pages, v_pages, lengths, page_indices, cu_q_lens, *,
+    k_scales=None, v_scales=None, sm_scale, soft_cap, window,
+):  # fmt: skip
     """q [T, H, D], lengths i32[B], cu_q_lens i32[B+1] -> out, m, l: f32 [T, H, D], [T, H], [T, H].
 
     The shapes and meanings are those of `paged_attention`; memory is O(T * M * S * K * D).
@@ -44,21 +59,24 @@ def attend(q, k_pages, v_pages, lengths, page_indices, cu_q_lens, *, sm_scale, s
     if window is not None:
         seen &= key_position > position[:, None] - window
 
-    def read(pages):  # -> [T, K, M*S, D], zeros wherever the query may not look
+    def read(pages, scales):  # -> [T, K, M*S, D], zeros wherever the query may not look
         page_id = jnp.clip(page_indices, 0, num_pages - 1)[row]  # [T, M]
-        rows = jnp.swapaxes(pages[page_id], 1, 2).astype(jnp.float32)
+        rows = pages[page_id].astype(jnp.float32)  # [T, M, K, S, D]
+        if scales is not None:
+            rows *= scales[page_id][:, :, :, None, None]
+        rows = jnp.swapaxes(rows, 1, 2)
         rows = rows.reshape(num_tokens, num_kv_heads, table_tokens, head_dim)
         return jnp.where(seen[:, None, :, None], rows, 0.0)
 
     q = q.astype(jnp.float32).reshape(num_tokens, num_kv_heads, -1, head_dim)
-    s = sm_scale * jnp.einsum("tkgd,tkjd->tkgj", q, read(k_pages), precision="highest")
+    s = sm_scale * jnp.einsum("tkgd,tkjd->tkgj", q, read(k_pages, k_scales), precision="highest")
     if soft_cap is not None:
         s = soft_cap * jnp.tanh(s / soft_cap)
     s = jnp.where(seen[:, None, None], s, -jnp.inf)
     m = s.max(axis=-1)
     p = jnp.where(seen[:, None, None], jnp.exp(s - m[..., None]), 0.0)
     total = p.sum(axis=-1)
-    out = jnp.einsum("tkgj,tkjd->tkgd", p, read(v_pages), precision="highest")
+    out = jnp.einsum("tkgj,tkjd->tkgd", p, read(v_pages, v_scales), precision="highest")
     out = out / jnp.where(total > 0, total, 1.0)[..., None]
     return (
         out.reshape(num_tokens, num_heads, head_dim),

@@ -34,15 +34,13 @@ def tiles_of_decode(lengths: jax.Array) -> QueryTiles:
 
 
 def tiles_of_ragged(
-    lengths: jax.Array, cu_q_lens: jax.Array, num_tokens: int, tile_queries: int
+    lengths: jax.Array, cu_q_lens: jax.Array, num_tokens: int, tile_queries: int, num_tiles: int
 ) -> QueryTiles:
     """Tiles of `tile_queries` queries for rows with any number of queries.
 
-    `num_tokens` is T, padding included. There are as many tiles as any split of T tokens over the
-    rows can need.
+    `num_tokens` is T, padding included; `num_tiles` must hold the sum of the rows' tiles.
     """
     (num_rows,) = lengths.shape
-    num_tiles = num_tokens // tile_queries + min(num_rows, num_tokens)
     q_lens = jnp.diff(cu_q_lens)
     ends = jnp.cumsum(-(-q_lens // tile_queries))
     starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends[:-1]])

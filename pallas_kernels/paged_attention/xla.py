@@ -35,6 +35,8 @@ class Cache(NamedTuple):
     k_pages: jax.Array  # [P, K, S, D]
     v_pages: jax.Array  # [P, K, S, D]
     page_indices: jax.Array  # i32[B, M]
+    k_scales: jax.Array | None  # f32[P, K]
+    v_scales: jax.Array | None  # f32[P, K]
 
     def pages_in(self, num_tokens: int) -> int:
         """Whole pages in a chunk of about `num_tokens`."""
@@ -47,10 +49,13 @@ class Options(NamedTuple):
     window: int | None
 
 
-def attend(q, k_pages, v_pages, lengths, page_indices, cu_q_lens, *, sm_scale, soft_cap, window):
+def attend(
+    q, k_pages, v_pages, lengths, page_indices, cu_q_lens, *,
+    k_scales=None, v_scales=None, sm_scale, soft_cap, window,
+):  # fmt: skip
     """The contract of `reference.attend`; `cu_q_lens` None means one query for each row."""
     num_tokens, num_heads, head_dim = q.shape
-    cache = Cache(k_pages, v_pages, page_indices)
+    cache = Cache(k_pages, v_pages, page_indices, k_scales, v_scales)
     options = Options(sm_scale, soft_cap, window)
     q = q.astype(jnp.float32).reshape(num_tokens, k_pages.shape[1], -1, head_dim) * sm_scale
     if cu_q_lens is None:
@@ -193,15 +198,18 @@ def _read_chunk(cache: Cache, chunk_pages: int, row, chunk, first, end):
     mask = -live.astype(jnp.int32)[:, None, :, :, None]  # all ones in binary, or zero
     index, mask = lax.optimization_barrier((index, mask))  # or the copy computes them per element
 
-    def read(pages):
+    def read(pages, scales):
         pieces = pages.reshape(-1, page_size, head_dim)
         pieces = pieces.at[index].get(mode="promise_in_bounds").astype(jnp.float32)
+        if scales is not None:
+            pieces *= scales.reshape(-1)[index][..., None, None]
         # A select would be a branch for each run of D, at three times the cost of this `and`.
         pieces = lax.bitcast_convert_type(pieces, jnp.int32) & mask
         pieces = lax.bitcast_convert_type(pieces, jnp.float32)
         return pieces.reshape(row.shape[0], num_kv_heads, chunk_pages * page_size, head_dim)
 
-    return read(cache.k_pages), read(cache.v_pages), position.reshape(row.shape[0], -1)
+    keys, values = read(cache.k_pages, cache.k_scales), read(cache.v_pages, cache.v_scales)
+    return keys, values, position.reshape(row.shape[0], -1)
 
 
 def _first_visible(position, options: Options):
@@ -231,8 +239,10 @@ def _start(shape) -> Softmax:
 
 def _fold(state: Softmax, s, v, subscripts: str) -> Softmax:
     """Adds one chunk with scores `s` [.., C] and values `v`; all -inf scores change nothing."""
+    # Fused with what stands around it, the fold would round by the number of rows of the call.
+    state, s = lax.optimization_barrier((state, s))
     top = jnp.maximum(state.max, s.max(axis=-1))
     p = jnp.exp(s - top[..., None])
     decay = jnp.exp(state.max - top)
     out = state.out * decay[..., None] + jnp.einsum(subscripts, p, v)
-    return Softmax(top, state.sum * decay + p.sum(axis=-1), out)
+    return lax.optimization_barrier(Softmax(top, state.sum * decay + p.sum(axis=-1), out))

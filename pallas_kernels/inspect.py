@@ -1,0 +1,114 @@
+"""What does the compiler make of our kernels, for cards that are not here?
+
+    python -m pallas_kernels.inspect --kernel=all --shape=all --target=h100
+
+Compiles each kernel at each named shape and prints one JSON line a case. Needs no GPU: the CUDA
+plugin and its assembler come with the extra `inspect`. About 3 seconds a case. A case that does
+not compile or misses a gate (spilled bytes, local memory, shared memory, and on Hopper a
+kernel without wgmma or TMA) is a line with the reason in `failed`, and the exit status is then 1.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from functools import partial
+
+from absl import app, flags
+
+FLAGS = flags.FLAGS
+KERNELS = {"paged_attention_sm90": ("h100", "h200")}  # and the targets that each is for
+
+
+def define_flags() -> None:
+    flags.DEFINE_enum("kernel", "all", ["all", *KERNELS], "The kernel to compile, or all.")
+    flags.DEFINE_string("shape", "all", "The name of a shape, a part of names, or all.")
+    flags.DEFINE_enum("target", "h100", ["a100", "h100", "h200"], "The card to compile for.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        sys.exit(f"error: unexpected argument {argv[1]!r}: every setting is a --flag=value")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # else the CUDA plugin looks for a GPU
+    kernels = [name for name in KERNELS if FLAGS.kernel in ("all", name)]
+    kernels = [name for name in kernels if FLAGS.target in KERNELS[name]]
+    if not kernels:
+        sys.exit(
+            f"error: --kernel={FLAGS.kernel} has nothing to compile for --target={FLAGS.target}"
+        )
+    try:
+        failures = 0
+        for row in inspect(kernels, FLAGS.shape, FLAGS.target):
+            print(json.dumps(row), flush=True)
+            failures += row["failed"] is not None
+    except (ValueError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    if failures:
+        sys.exit(f"error: {failures} cases failed")
+
+
+def inspect(kernels: list[str], shape_name: str, target: str) -> Iterator[dict]:
+    """One row for each of `kernels` at each shape whose name has `shape_name` in it.
+
+    Raises:
+      ValueError: no shape has such a name.
+    """
+    from pallas_kernels.paged_attention.shapes import SHAPES
+
+    chosen = [s for s in SHAPES.values() if shape_name in ("all", s.name)]
+    chosen = chosen or [s for s in SHAPES.values() if shape_name in s.name]
+    if not chosen:
+        raise ValueError(f"--shape={shape_name} is in no name: choose of {', '.join(SHAPES)}")
+    for kernel in kernels:
+        for shape in chosen:
+            yield inspect_case(kernel, shape, target)
+
+
+def inspect_case(kernel: str, shape, target: str) -> dict:
+    """Compiles one case; what goes wrong there is a value of the row."""
+    from pallas_kernels.common import compile_only, targets
+    from pallas_kernels.paged_attention import config, kernel_sm90
+
+    row = {"kernel": kernel, "shape": shape.name, "target": target, "failed": None}
+    arguments, tile = shape.arguments(), config.DEFAULT_TILE
+    attend = partial(
+        kernel_sm90.attend, sm_scale=shape.head_dim**-0.5, soft_cap=None, window=None, tile=tile
+    )
+    if not shape.is_ragged:
+        attend = partial(attend, cu_q_lens=None)
+    try:
+        report = compile_only.compile_kernel(attend, arguments, targets.device(target))
+    except Exception as error:  # a compiler's errors are of many classes
+        return row | {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    limits = targets.limits(target)
+    arrays = (arguments[name] for name in ("q", "k_pages", "page_indices"))
+    geometry = config.geometry_of(*arrays, is_ragged=shape.is_ragged, tile=tile)
+    num_blocks = geometry.num_thread_blocks
+    at_once = limits.blocks_at_once(report.smem_bytes, report.registers, config.SM90_THREADS)
+    return row | {
+        **report._asdict(),
+        "stages": tile.stages,
+        "least_bytes": shape.least_bytes(),
+        "thread_blocks": num_blocks,
+        "blocks_per_processor": at_once,
+        "waves": round(num_blocks / (at_once * limits.num_processors), 2) if at_once else None,
+        "occupancy": at_once * config.SM90_THREADS / limits.threads,
+        "failed": _missed_gate(report, at_once),
+    }
+
+
+def _missed_gate(report, blocks_at_once: int) -> str | None:
+    """Which promise the compiled kernel breaks."""
+    gates = {
+        "it spills registers": report.spill_bytes == 0,
+        "it uses local memory": report.stack_bytes == 0 and not report.local_memory,
+        "its shared memory does not fit": blocks_at_once > 0,
+        "it has no wgmma": report.wgmma > 0,
+        "it has no TMA copy": report.tma > 0,
+    }
+    return next((sentence for sentence, holds in gates.items() if not holds), None)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
