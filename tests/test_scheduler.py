@@ -225,7 +225,7 @@ def test_many_random_workloads_run_as_in_the_oracle(
 ):
     config = EngineConfig(
         num_slots=5,
-        num_pages=11 if allocator == "paged" else 32,
+        num_pages=9 if allocator == "paged" else 32,
         page_size=page_size,
         pages_per_slot=9,
         num_requests=7,
@@ -233,5 +233,9 @@ def test_many_random_workloads_run_as_in_the_oracle(
         headroom_pages=headroom_pages,
         batch_invariant=batch_invariant,
     )
-    met = check_random_workloads(config, allocator, policy, max_examples=150)
-    assert ("preempted" in met) == (allocator == "paged")
+    is_paged = allocator == "paged"
+    met = check_random_workloads(config, allocator, policy, long=is_paged, max_examples=150)
+    if not is_paged:
+        assert "preempted" not in met
+    elif headroom_pages == 0:  # headroom is there to make it rare
+        assert "preempted" in met

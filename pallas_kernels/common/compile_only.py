@@ -1,7 +1,7 @@
 """Compiles a function that holds one Mosaic GPU kernel, and reads what the compiler made of it.
 
 No GPU is needed. Mosaic GPU writes what it does into a folder: PTX, the assembler's report, the
-shared memory of the launch, and machine code (SASS) where `nvdisasm` is on the PATH.
+shared memory of the launch, and machine code (SASS) where `nvdisasm` stands beside `ptxas`.
 """
 
 import os
@@ -49,15 +49,24 @@ def compile_kernel(
     with _dump_folder() as folder, jax.default_device(device):
         start_s = time.perf_counter()
         jax.jit(function).lower(**placed).compile()
-        return read_report(folder, time.perf_counter() - start_s)
+        compile_s = time.perf_counter() - start_s
+        # Mosaic GPU compiles a module once a process: of one that it knows, only the text is new.
+        text = _only(folder, "*.after_layout_inference.txt").read_text()
+        module = re.sub(r'dump_basename = "\w*"', "", text)
+        if module not in _REPORTS:
+            _REPORTS[module] = read_report(folder)
+        return _REPORTS[module]._replace(compile_s=compile_s)
 
 
-def read_report(folder: Path, compile_s: float) -> Report:
+_REPORTS: dict[str, Report] = {}  # by the module's text
+
+
+def read_report(folder: Path) -> Report:
     """The report of the one kernel whose files are in `folder`."""
     assembler = _only(folder, "*.ptxas").read_text(errors="replace")
     ptx = _only(folder, "*.ptx").read_text(errors="replace")
     resources = _only(folder, "*.resources.txt").read_text()
-    sass = next(iter(folder.glob("*.sass")), None)
+    sass = next(iter(folder.glob("*.sass*")), None)
     operations = None if sass is None else sass_operations(sass.read_text(errors="replace"))
     return Report(
         registers=_number(r"Used (\d+) registers", assembler),
@@ -70,7 +79,7 @@ def read_report(folder: Path, compile_s: float) -> Report:
         cp_async=len(re.findall(r"cp\.async\.c[ag]\.shared", ptx)),
         wide_loads=len(re.findall(r"ld\.global\S*\.v4\.[bfsu]32|ld\.global\S*\.v2\.[bfsu]64", ptx)),
         local_memory=None if operations is None else operations["LDL"] + operations["STL"],
-        compile_s=compile_s,
+        compile_s=0.0,
     )
 
 

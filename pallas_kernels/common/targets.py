@@ -24,10 +24,12 @@ class Limits(NamedTuple):
 
     num_processors: int
     smem_bytes: int  # all thread blocks of a processor together
-    reserved_smem_bytes: int  # of these, what each thread block costs beyond its own
     registers: int
     threads: int
-    blocks: int
+    # Of compute capabilities 8.0 and 9.0 alike (CUDA C++ Programming Guide, technical
+    # specifications); not all of XLA's descriptions have them.
+    reserved_smem_bytes: int = 1024  # what each thread block costs beyond its own
+    blocks: int = 32
 
     def blocks_at_once(self, smem_bytes: int, registers: int, threads: int) -> int:
         """Thread blocks that one processor can hold, by its scarcest resource."""
@@ -54,10 +56,8 @@ def limits(target: str) -> Limits:
     return Limits(
         num_processors=number("core_count"),
         smem_bytes=number("shared_memory_per_core"),
-        reserved_smem_bytes=number("reserved_shared_memory_per_block"),
         registers=number("registers_per_core_limit"),
         threads=number("threads_per_core_limit"),
-        blocks=number("max_blocks_per_multiprocessor"),
     )
 
 

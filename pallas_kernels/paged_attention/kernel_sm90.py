@@ -108,9 +108,8 @@ def _launcher(geometry: Geometry, tile: Tile, dtype, sm_scale, soft_cap, window,
             v_smem=plgpu.SMEM(
                 (tile.stages, block, dim), dtype, transforms=_transforms(dim, dtype)
             ),
-            p_smem=plgpu.SMEM(
-                (Q_LINES, block), dtype, transforms=_transforms(block, dtype)
-            ),
+            # In the layout of V, not in its own: wgmma takes both operands swizzled alike.
+            p_smem=plgpu.SMEM((Q_LINES, block), dtype, transforms=_transforms(dim, dtype)),
             out_smem=plgpu.SMEM(
                 (Q_LINES, dim), jnp.float32, transforms=_transforms(dim, jnp.float32)
             ),
