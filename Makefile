@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Compilers for GPUs live apart: JAX would look for a GPU wherever their plugin is installed.
+INSPECT := .venv-inspect
+INSPECT_STAMP := $(INSPECT)/.installed
 # Modules compile when they are first imported, of which most never are.
 PIP := $(BIN)/python -m pip install --quiet --no-compile
 
-.PHONY: help setup demo test test-slow check lint clean
+.PHONY: help setup demo test test-slow inspect check lint clean
 
 help: ## Show these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,11 +26,23 @@ $(STAMP): pyproject.toml Makefile
 demo: setup ## Serve 64 real prompts under four allocators; tables and pictures in results/demo
 	$(BIN)/python -m experiments.demo --out=results/demo
 
-test: setup ## Run the tests
-	$(BIN)/python -m pytest
+$(INSPECT_STAMP): pyproject.toml Makefile
+	$(PYTHON) -m venv $(INSPECT)
+	$(INSPECT)/bin/python -m pip install --quiet --no-compile --editable '.[inspect]'
+	@# In the environment itself the disassembler's folder would bring another assembler forward.
+	$(INSPECT)/bin/python -m pip install --quiet --no-compile --target $(INSPECT)/nvdisasm nvidia-cuda-nvdisasm
+	ln -sf "$(CURDIR)"/$(INSPECT)/nvdisasm/nvidia/cu*/bin/nvdisasm $(INSPECT)/lib/python3.*/site-packages/nvidia/cuda_nvcc/bin/
+	@touch $(INSPECT_STAMP)
 
-test-slow: setup ## Run the exhaustive checks as well (tens of minutes)
-	$(BIN)/python -m pytest -m 'slow or not slow'
+test: setup $(INSPECT_STAMP) ## Run the tests
+	INSPECT_PYTHON=$(INSPECT)/bin/python $(BIN)/python -m pytest
+
+test-slow: setup $(INSPECT_STAMP) ## Run the exhaustive checks as well (tens of minutes)
+	INSPECT_PYTHON=$(INSPECT)/bin/python $(BIN)/python -m pytest -m 'slow or not slow'
+
+inspect: $(INSPECT_STAMP) ## Compile every kernel at every shape for cards that are not here
+	$(INSPECT)/bin/python -m pallas_kernels.inspect --target=h100
+	$(INSPECT)/bin/python -m pallas_kernels.inspect --target=h200
 
 lint: setup ## Lint and types
 	$(BIN)/ruff check .
@@ -38,4 +53,4 @@ check: lint ## Lint and types, then the tests: what CI runs
 	$(MAKE) test
 
 clean: ## Remove the environment and all results
-	rm -rf $(VENV) results build *.egg-info
+	rm -rf $(VENV) $(INSPECT) results build *.egg-info

@@ -22,7 +22,7 @@ KERNELS = {"paged_attention_sm90": ("h100", "h200")}  # and the targets that eac
 
 def define_flags() -> None:
     flags.DEFINE_enum("kernel", "all", ["all", *KERNELS], "The kernel to compile, or all.")
-    flags.DEFINE_string("shape", "all", "The name of a shape, a part of names, or all.")
+    flags.DEFINE_list("shape", ["all"], "Names of shapes, parts of names, or all.")
     flags.DEFINE_enum("target", "h100", ["a100", "h100", "h200"], "The card to compile for.")
 
 
@@ -47,18 +47,17 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {failures} cases failed")
 
 
-def inspect(kernels: list[str], shape_name: str, target: str) -> Iterator[dict]:
-    """One row for each of `kernels` at each shape whose name has `shape_name` in it.
+def inspect(kernels: list[str], shape_names: list[str], target: str) -> Iterator[dict]:
+    """One row for each of `kernels` at each shape that is named, wholly or by a part.
 
     Raises:
       ValueError: no shape has such a name.
     """
-    from pallas_kernels.paged_attention.shapes import SHAPES
+    from pallas_kernels.common import targets
+    from pallas_kernels.paged_attention.shapes import choose_shapes
 
-    chosen = [s for s in SHAPES.values() if shape_name in ("all", s.name)]
-    chosen = chosen or [s for s in SHAPES.values() if shape_name in s.name]
-    if not chosen:
-        raise ValueError(f"--shape={shape_name} is in no name: choose of {', '.join(SHAPES)}")
+    chosen = choose_shapes(shape_names)
+    targets.description(target)  # the plugin is all that a case can lack: say so once
     for kernel in kernels:
         for shape in chosen:
             yield inspect_case(kernel, shape, target)

@@ -35,7 +35,7 @@ class Report(NamedTuple):
 
 
 def compile_kernel(
-    function: Callable, arguments: Mapping[str, jax.ShapeDtypeStruct], device: jax.Device
+    function: Callable, arguments: Mapping[str, jax.ShapeDtypeStruct], device: Any
 ) -> Report:
     """Compiles `function(**arguments)`, in which one kernel is launched, for `device`.
 

@@ -5,9 +5,7 @@ import importlib.util
 import mmap
 import re
 from pathlib import Path
-from typing import NamedTuple
-
-import jax
+from typing import Any, NamedTuple
 
 PLUGIN = "jax_plugins.xla_cuda12"
 INSTALL = "pip install 'jaxpage[inspect]', in an environment of its own"
@@ -61,7 +59,7 @@ def limits(target: str) -> Limits:
     )
 
 
-def device(target: str) -> jax.Device:
+def device(target: str) -> Any:
     """A device of kind `target` that can be compiled for and not run on."""
     from jax.experimental import topologies
 

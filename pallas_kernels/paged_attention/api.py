@@ -72,7 +72,7 @@ def paged_attention(
       soft_cap: if given, scores become soft_cap * tanh(score / soft_cap).
       sliding_window: if given, position i sees positions i - sliding_window + 1 .. i only.
       return_residuals: also return what merging split KV needs.
-      implementation: "reference", "xla" or None for the best here (`resolve_implementation`).
+      implementation: one of `IMPLEMENTATIONS`, or None for `resolve_implementation`'s choice.
 
     Returns:
       out of q's shape and dtype, zeros for padding and empty rows; with `return_residuals`
@@ -86,27 +86,20 @@ def paged_attention(
     implementation = resolve_implementation(implementation)
     lengths, page_indices = jnp.asarray(lengths), jnp.asarray(page_indices)
     cu_q_lens = None if cu_q_lens is None else jnp.asarray(cu_q_lens)
-    _check_arrays(q, k_pages, v_pages)
+    _check_arrays(q, k_pages, v_pages, sinks)
     _check_scales(k_pages, k_scales, v_scales)
     _check_rows(q, lengths, page_indices, cu_q_lens)
     _check_options(soft_cap, sliding_window)
-    if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.dtype != jnp.float32):
-        raise ValueError(f"{sinks.shape=}, {sinks.dtype=} must be float32 [H={q.shape[1]}].")
-    options = {
-        "k_scales": k_scales,
-        "v_scales": v_scales,
-        "sm_scale": q.shape[-1] ** -0.5 if sm_scale is None else sm_scale,
-        "soft_cap": soft_cap,
-        "window": sliding_window,
-    }
     if implementation == "reference" and cu_q_lens is None:
         cu_q_lens = jnp.arange(q.shape[0] + 1, dtype=jnp.int32)
-    attend = _attend_of(implementation)
-    out, *residuals = attend(q, k_pages, v_pages, lengths, page_indices, cu_q_lens, **options)
+    scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
+    out, m, total = _attend_of(implementation)(
+        q, k_pages, v_pages, lengths, page_indices, cu_q_lens, k_scales=k_scales,
+        v_scales=v_scales, sm_scale=scale, soft_cap=soft_cap, window=sliding_window,
+    )  # fmt: skip
     if sinks is not None:
-        out, *residuals = reference.add_sinks(out, *residuals, sinks)
-    out = out.astype(q.dtype)
-    return (out, tuple(residuals)) if return_residuals else out
+        out, m, total = reference.add_sinks(out, m, total, sinks)
+    return (out.astype(q.dtype), (m, total)) if return_residuals else out.astype(q.dtype)
 
 
 def _attend_of(implementation: str):
@@ -117,7 +110,7 @@ def _attend_of(implementation: str):
     return {"reference": reference.attend, "xla": xla.attend}[implementation]
 
 
-def _check_arrays(q, k_pages, v_pages):
+def _check_arrays(q, k_pages, v_pages, sinks):
     if q.ndim != 3:
         raise ValueError(f"{q.shape=} must be [B or T, H, D].")
     if k_pages.ndim != 4 or k_pages.shape != v_pages.shape:
@@ -132,6 +125,8 @@ def _check_arrays(q, k_pages, v_pages):
         raise ValueError(f"{k_pages.dtype=} and {v_pages.dtype=} must be equal: cast one of them.")
     if not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"{q.dtype=} must be floating: cast it.")
+    if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.dtype != jnp.float32):
+        raise ValueError(f"{sinks.shape=}, {sinks.dtype=} must be float32 [H={q.shape[1]}].")
 
 
 def _check_scales(k_pages, k_scales, v_scales):

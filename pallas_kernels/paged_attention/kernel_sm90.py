@@ -200,7 +200,6 @@ def _kernel(
             total = total * decay + p.sum(axis=1)
 
             plgpu.barrier_wait(v_barriers.at[stage])
-
             product = _weigh(p, last - block_start, acc.shape, p_smem, v_smem.at[stage])
             plgpu.barrier_arrive(free_barriers.at[stage])
             return acc * lax.broadcast_in_dim(decay, acc.shape, [0]) + product, new_top, total

@@ -4,6 +4,7 @@ Heads of Llama 3.1 8B and 70B, the latter whole and as one device of 2, 4 or 8 s
 SmolLM2-135M, and of a multi-query and a multi-head model of the same width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -151,3 +152,19 @@ SHAPES: dict[str, Shape] = {
         _mixed("smollm2-135m", 256, 32, 512, 16),
     )
 }
+
+
+def choose_shapes(names: Sequence[str]) -> list[Shape]:
+    """The shapes of these names, or with these parts of names; "all" is all.
+
+    Raises:
+      ValueError: no shape has such a name.
+    """
+    chosen: dict[str, Shape] = {}
+    for wanted in names or [""]:
+        found = [n for n in SHAPES if wanted == "all" or (wanted and wanted in n)]
+        found = [wanted] if wanted in SHAPES else found
+        if not found:
+            raise ValueError(f"--shape={wanted} is in no name: choose of {', '.join(SHAPES)}")
+        chosen |= {name: SHAPES[name] for name in found}
+    return list(chosen.values())

@@ -1,0 +1,94 @@
+"""Kernels compiled for cards that are not here: the gates, on a few shapes of different code.
+
+`make inspect` compiles all shapes. The compilers live in an environment of their own, whose Python
+`make test` names in INSPECT_PYTHON.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pallas_kernels.common.compile_only import sass_operations
+from pallas_kernels.common.targets import Limits
+from pallas_kernels.paged_attention.shapes import SHAPES
+
+ROOT = Path(__file__).parents[1]
+# Decode and a mixed step, head dims 64 and 128, pages within a block and larger than one.
+SUBSET = {
+    "paged_attention_sm90": (
+        "llama3.1-70b-decode-b32-c2048-p16",
+        "llama3.1-70b-decode-b32-c2048-p128",
+        "llama3.1-70b-mixed512-b32-c4096-p16",
+        "smollm2-135m-mixed256-b32-c512-p16",
+    ),
+}
+
+
+def inspect(python: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [python, "-m", "pallas_kernels.inspect", *flags]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.skipif("INSPECT_PYTHON" not in os.environ, reason="`make test` installs compilers")
+@pytest.mark.parametrize("kernel", SUBSET)
+def test_kernels_compile_without_spills_and_use_what_the_card_has(kernel):
+    flags = (f"--kernel={kernel}", f"--shape={','.join(SUBSET[kernel])}")
+    done = inspect(os.environ["INSPECT_PYTHON"], *flags)
+    assert done.returncode == 0, done.stderr + done.stdout
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["shape"] for row in rows] == list(SUBSET[kernel])
+    for row in rows:
+        assert row["failed"] is None
+        assert row["spill_bytes"] == row["stack_bytes"] == row["local_memory"] == 0
+        assert row["wgmma"] > 0 and row["tma"] > 0
+        assert row["blocks_per_processor"] >= 1
+        assert row["least_bytes"] == SHAPES[row["shape"]].least_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--shape=llama9",), "--shape=llama9 is in no name"),
+        (
+            ("--target=a100", "--kernel=paged_attention_sm90"),
+            "nothing to compile for --target=a100",
+        ),
+        (("--shape=mqa",), "pip install 'jaxpage[inspect]'"),
+        (("h100",), "unexpected argument 'h100'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_inspected_is_one_line_with_the_remedy(flags, message):
+    done = inspect(sys.executable, *flags)
+    assert done.returncode == 1 and done.stdout == ""
+    assert message in done.stderr.splitlines()[-1] and done.stderr.startswith("error: ")
+
+
+def test_operations_are_counted_without_modifiers_guards_and_encodings():
+    sass = """
+        /*23e0*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT ;
+   -:-:-:Y:04        /*2480*/  @!P0     LDL.64 R2, [R1+0x8] ;
+        /*2490*/         @UP1  UTMALDG.4D [UR8], [UR4] ;   /* 0x000000040a007981 */
+    """
+    assert sass_operations(sass) == {"HGMMA": 1, "LDL": 1, "UTMALDG": 1}
+
+
+@pytest.mark.parametrize(
+    ("smem_bytes", "registers", "threads", "blocks"),
+    [
+        (192_512, 232, 256, 1),
+        (102_400, 128, 256, 2),
+        (1_000, 232, 256, 1),  # 8 warps of 7,424 registers: 59,392 of 65,536
+        (1_000, 32, 1024, 2),
+        (0, 16, 32, 32),
+        (233_000, 32, 256, 0),
+    ],
+)
+def test_thread_blocks_at_once_are_limited_by_the_scarcest(smem_bytes, registers, threads, blocks):
+    h100 = Limits(num_processors=132, smem_bytes=233_472, registers=65_536, threads=2_048)
+    assert h100.blocks_at_once(smem_bytes, registers, threads) == blocks
