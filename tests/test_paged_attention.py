@@ -328,7 +328,8 @@ BAD_ARGUMENTS = {
 
 @pytest.mark.parametrize("change, message", BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS.keys())
 def test_a_wrong_argument_raises_and_shows_its_value(change, message):
-    arguments = vars(make_problem((3, 5)))
+    arguments = dict(vars(make_problem((3, 5))))
+    del arguments["scales"]  # none: these pages are floats
     if "dtype of v" in change:
         change = {"v_pages": arguments["v_pages"].astype(change["dtype of v"])}
     arguments = {**arguments, **change}
