@@ -122,26 +122,26 @@ def _check_arrays(q, k_pages, v_pages, sinks):
     if q.shape[1] == 0 or q.shape[1] % k_pages.shape[1]:
         raise ValueError(f"H={q.shape[1]} query heads must be a multiple of K={k_pages.shape[1]}.")
     if k_pages.dtype != v_pages.dtype:
-        raise ValueError(f"{k_pages.dtype=} and {v_pages.dtype=} must be equal: cast one of them.")
+        raise ValueError(f"{k_pages.dtype=!s} and {v_pages.dtype=!s} must be equal: cast one of them.")
     if not jnp.issubdtype(q.dtype, jnp.floating):
-        raise ValueError(f"{q.dtype=} must be floating: cast it.")
+        raise ValueError(f"{q.dtype=!s} must be floating: cast it.")
     if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.dtype != jnp.float32):
-        raise ValueError(f"{sinks.shape=}, {sinks.dtype=} must be float32 [H={q.shape[1]}].")
+        raise ValueError(f"{sinks.shape=}, {sinks.dtype=!s} must be float32 [H={q.shape[1]}].")
 
 
 def _check_scales(k_pages, k_scales, v_scales):
     is_quantised = k_pages.dtype.name in QUANTISED
     if not is_quantised and not jnp.issubdtype(k_pages.dtype, jnp.floating):
-        raise ValueError(f"{k_pages.dtype=} must be floating or one of {QUANTISED}: cast it.")
+        raise ValueError(f"{k_pages.dtype=!s} must be floating or one of {QUANTISED}: cast it.")
     shape = k_pages.shape[:2]
     for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):
         if (scales is not None) != is_quantised:
             raise ValueError(
-                f"{name} is {'missing' if scales is None else 'given'}, and {k_pages.dtype=}: "
+                f"{name} is {'missing' if scales is None else 'given'}, and {k_pages.dtype=!s}: "
                 f"scales go with pages of {QUANTISED}, and with no others."
             )
         if scales is not None and (scales.shape != shape or scales.dtype != jnp.float32):
-            raise ValueError(f"{name}: {scales.shape=}, {scales.dtype=} must be float32 {shape}.")
+            raise ValueError(f"{name}: {scales.shape=}, {scales.dtype=!s} must be float32 {shape}.")
 
 
 def _check_rows(q, lengths, page_indices, cu_q_lens):

@@ -87,7 +87,7 @@ def check_sm90(q, k_pages, tile: Tile) -> None:
     page_size, head_dim = k_pages.shape[2:]
     if q.dtype not in (jnp.bfloat16, jnp.float16) or q.dtype != k_pages.dtype:
         raise NotImplementedError(
-            f"{q.dtype=} and {k_pages.dtype=} must both be bfloat16 or both float16: {OTHER}."
+            f"{q.dtype=!s} and {k_pages.dtype=!s} must both be bfloat16 or both float16: {OTHER}."
         )
     if page_size % 8 or max(page_size, tile.block_tokens) % min(page_size, tile.block_tokens):
         raise NotImplementedError(

@@ -113,7 +113,7 @@ def _check(q, k_pages, k_scales, v_scales) -> None:
         raise NotImplementedError(f"k_scales and v_scales must be None: {OTHER}.")
     if q.dtype not in (jnp.bfloat16, jnp.float16) or q.dtype != k_pages.dtype:
         raise NotImplementedError(
-            f"{q.dtype=} and {k_pages.dtype=} must both be bfloat16 or both float16: {OTHER}."
+            f"{q.dtype=!s} and {k_pages.dtype=!s} must both be bfloat16 or both float16: {OTHER}."
         )
     if head_dim not in HEAD_DIMS:
         raise NotImplementedError(f"{head_dim=} must be one of {HEAD_DIMS}: {OTHER}.")
