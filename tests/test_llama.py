@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxpage.model import llama
-from jaxpage.model.params import init_params
+from jaxpage.model.params import INPUT_AXES, init_params
 from jaxpage.model.placement import cpu_has_bfloat16, serving_params
 from jaxpage.model.presets import PRESETS
 
@@ -71,17 +71,22 @@ def test_rms_norm_is_its_definition():
     )
 
 
-def test_weights_apart_give_the_products_of_the_stack():
+@pytest.mark.parametrize("name", ["qkv", "out", "gate_up", "down"])
+def test_weights_apart_give_the_products_of_the_stack(name):
     config = PRESETS["tiny"]
     params = init_params(config, jax.random.key(2), jnp.float32)
-    stacked = params["layers"]["down"]
-    x = jax.random.normal(jax.random.key(3), (5, config.mlp_dim), jnp.float32)
-    apart = serving_params(params, jnp.float32)["layers"]["down"]
+    stacked = params["layers"][name]
+    num_in = INPUT_AXES[name]
+    x = jax.random.normal(jax.random.key(3), (5, *stacked.shape[-num_in:]), jnp.float32)
+    apart = serving_params(params, jnp.float32)["layers"][name]
+    assert apart.is_transposed
     for index in range(config.num_layers):
-        index = jnp.int32(index)
-        np.testing.assert_array_equal(
-            llama.project_layer(x, stacked, index), llama.project_layer(x, apart, index)
+        expected = jnp.tensordot(
+            x, stacked[index], (tuple(range(1, 1 + num_in)), tuple(range(-num_in, 0)))
         )
+        for weights in (stacked, apart):
+            found = llama.project_layer(x, weights, jnp.int32(index))
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_hardware_is_read_from_the_processor_flags(tmp_path):

@@ -44,7 +44,7 @@ def forward(
     """Runs all layers, writing the batch's keys and values on the way.
 
     Returns the normalized last states `[T, E]` and the pool. A leaf of `params["layers"]` is
-    stacked on its first axis, or a tuple with one array a layer (see `project_layer`).
+    stacked on its first axis, or `LayersApart`.
     """
     rope = rope_angles(batch.positions, config)
     weights = params["layers"]
@@ -61,7 +61,7 @@ def forward(
         attended = attention(
             q, keys, values, batch.lengths, page_indices, cu_q_lens=batch.cu_q_lens
         )
-        attended = attended.reshape(-1, *weights["out"][0].shape[-3:])  # [T, K, G, D]
+        attended = attended.reshape(qkv[:, :, :-2].shape)  # [T, K, G, D]
         x = x + project_layer(attended, weights["out"], index)
         h = rms_norm(x, weights["mlp_norm"][index], config.norm_eps)
         gate_up = project_layer(h, weights["gate_up"], index)  # [T, 2, F]
@@ -113,24 +113,36 @@ def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     return rotated.astype(x.dtype)
 
 
-def project(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`x: [n, in...]` times `weight: [out..., in...]`, as one product of matrices."""
-    num_out = weight.ndim - (x.ndim - 1)
-    out_shape = weight.shape[:num_out]
+def project(x: jax.Array, weight: jax.Array, *, is_transposed: bool = False) -> jax.Array:
+    """`x: [n, in...]` times `weight: [out..., in...]`, as one product of matrices.
+
+    A transposed weight is `[in..., out...]`.
+    """
+    num_in = x.ndim - 1
     x = x.reshape(x.shape[0], -1)
-    product = lax.dot_general(x, weight.reshape(-1, x.shape[1]), (((1,), (1,)), ((), ())))
+    if is_transposed:
+        out_shape, weight, axis = weight.shape[num_in:], weight.reshape(x.shape[1], -1), 0
+    else:
+        out_shape, weight, axis = weight.shape[:-num_in], weight.reshape(-1, x.shape[1]), 1
+    product = lax.dot_general(x, weight, (((1,), (axis,)), ((), ())))
     return product.reshape(-1, *out_shape)
 
 
-def project_layer(
-    x: jax.Array, weights: jax.Array | tuple[jax.Array, ...], index: jax.Array
-) -> jax.Array:
+class LayersApart(struct.PyTreeNode):
+    """The matrices of one leaf, an array a layer."""
+
+    matrices: tuple[jax.Array, ...]
+    is_transposed: bool = struct.field(pytree_node=False)  # as in `project`
+
+
+def project_layer(x: jax.Array, weights: jax.Array | LayersApart, index: jax.Array) -> jax.Array:
     """`x` times the weights of layer `index`.
 
-    Stacked weights are indexed. From a tuple the layer's array is chosen by a branch, since the
+    Stacked weights are indexed. Of `LayersApart` the layer's array is chosen by a branch, since the
     CPU backend would first copy a slice of a stack: a seventh of a small batch's step, half of one
     token's. Only the product is inside the branch, so that a layer still compiles once.
     """
-    if not isinstance(weights, tuple):
+    if not isinstance(weights, LayersApart):
         return project(x, lax.dynamic_index_in_dim(weights, index, keepdims=False))
-    return lax.switch(index, [partial(project, weight=weight) for weight in weights], x)
+    multiply = partial(project, is_transposed=weights.is_transposed)
+    return lax.switch(index, [partial(multiply, weight=w) for w in weights.matrices], x)

@@ -15,6 +15,9 @@ from jaxpage.config import ModelConfig
 
 Params = dict  # nested dict of arrays, the shape of `param_specs`
 
+# How many of a layer's last axes its input has; all axes before them are its output's.
+INPUT_AXES = {"qkv": 1, "out": 3, "gate_up": 1, "down": 1}
+
 
 @dataclass(frozen=True)
 class ParamSpec:

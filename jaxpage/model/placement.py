@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxpage.model.params import Params
+from jaxpage.model.llama import LayersApart
+from jaxpage.model.params import INPUT_AXES, Params
 
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 twice, Arm
 
@@ -38,8 +39,9 @@ def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 def serving_params(params: Params, dtype: DTypeLike) -> Params:
     """Parameters rounded to `dtype` in the form that serves fastest; empties `params`.
 
-    On a CPU products are of `product_dtype`, and the matrices of the layers come apart into a
-    tuple (see `llama.forward`).
+    On a CPU products are of `product_dtype`, and the matrices of the layers come apart (see
+    `llama.project_layer`). Those of float32 are transposed: XLA's products of few rows take 13 to
+    17 % less time so. In bfloat16 they would take 5 to 9 % more.
     """
     if jax.default_backend() != "cpu":
         return params
@@ -48,9 +50,18 @@ def serving_params(params: Params, dtype: DTypeLike) -> Params:
     def ready(leaf: jax.Array) -> jax.Array:
         return jax.block_until_ready(leaf.astype(target))
 
+    is_transposed = target == np.float32
+
+    def placed(name: str, leaf: jax.Array) -> jax.Array | LayersApart:
+        if name not in INPUT_AXES:
+            return ready(leaf)
+        axes = tuple(range(leaf.ndim - 1))
+        if is_transposed:
+            axes = axes[-INPUT_AXES[name] :] + axes[: -INPUT_AXES[name]]
+        return LayersApart(tuple(ready(matrix.transpose(axes)) for matrix in leaf), is_transposed)
+
     layers, stacked = {}, params.pop("layers")
     while stacked:  # leaf by leaf, so that two copies of the whole are never held
         name, leaf = stacked.popitem()
-        is_norm = leaf.ndim == 2
-        layers[name] = ready(leaf) if is_norm else tuple(ready(matrix) for matrix in leaf)
+        layers[name] = placed(name, leaf)
     return {"layers": layers, **{name: ready(params.pop(name)) for name in tuple(params)}}

@@ -122,7 +122,9 @@ def _check_arrays(q, k_pages, v_pages, sinks):
     if q.shape[1] == 0 or q.shape[1] % k_pages.shape[1]:
         raise ValueError(f"H={q.shape[1]} query heads must be a multiple of K={k_pages.shape[1]}.")
     if k_pages.dtype != v_pages.dtype:
-        raise ValueError(f"{k_pages.dtype=!s} and {v_pages.dtype=!s} must be equal: cast one of them.")
+        raise ValueError(
+            f"{k_pages.dtype=!s} and {v_pages.dtype=!s} must be equal: cast one of them."
+        )
     if not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"{q.dtype=!s} must be floating: cast it.")
     if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.dtype != jnp.float32):
