@@ -41,6 +41,7 @@ test-slow: setup $(INSPECT_STAMP) ## Run the exhaustive checks as well (tens of 
 	INSPECT_PYTHON=$(INSPECT)/bin/python $(BIN)/python -m pytest -m 'slow or not slow'
 
 inspect: $(INSPECT_STAMP) ## Compile every kernel at every shape for cards that are not here
+	$(INSPECT)/bin/python -m pallas_kernels.inspect --target=a100
 	$(INSPECT)/bin/python -m pallas_kernels.inspect --target=h100
 	$(INSPECT)/bin/python -m pallas_kernels.inspect --target=h200
 

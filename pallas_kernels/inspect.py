@@ -4,20 +4,40 @@
 
 Compiles each kernel at each named shape and prints one JSON line a case. Needs no GPU: the CUDA
 plugin and its assembler come with the extra `inspect`. About 3 seconds a case. A case that does
-not compile or misses a gate (spilled bytes, local memory, shared memory, and on Hopper a
-kernel without wgmma or TMA) is a line with the reason in `failed`, and the exit status is then 1.
+not compile or misses a gate (spilled bytes, local memory, shared memory, a kernel for Hopper
+without wgmma or TMA, one for Ampere without mma or cp.async) is a line with the reason in
+`failed`, and the exit status is then 1.
 """
 
+import importlib
 import json
 import os
 import sys
 from collections.abc import Iterator
 from functools import partial
+from typing import NamedTuple
 
 from absl import app, flags
 
 FLAGS = flags.FLAGS
-KERNELS = {"paged_attention_sm90": ("h100", "h200")}  # and the targets that each is for
+
+
+class Kernel(NamedTuple):
+    """Where a kernel is, the cards that it is for, and what its code must contain."""
+
+    module: str
+    targets: tuple[str, ...]
+    instructions: tuple[str, ...]  # fields of `compile_only.Report`
+
+
+KERNELS = {
+    "paged_attention_sm80": Kernel(
+        "pallas_kernels.paged_attention.kernel_sm80", ("a100",), ("mma", "cp_async")
+    ),
+    "paged_attention_sm90": Kernel(
+        "pallas_kernels.paged_attention.kernel_sm90", ("h100", "h200"), ("wgmma", "tma")
+    ),
+}
 
 
 def define_flags() -> None:
@@ -31,7 +51,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: unexpected argument {argv[1]!r}: every setting is a --flag=value")
     os.environ["JAX_PLATFORMS"] = "cpu"  # else the CUDA plugin looks for a GPU
     kernels = [name for name in KERNELS if FLAGS.kernel in ("all", name)]
-    kernels = [name for name in kernels if FLAGS.target in KERNELS[name]]
+    kernels = [name for name in kernels if FLAGS.target in KERNELS[name].targets]
     if not kernels:
         sys.exit(
             f"error: --kernel={FLAGS.kernel} has nothing to compile for --target={FLAGS.target}"
@@ -66,12 +86,12 @@ def inspect(kernels: list[str], shape_names: list[str], target: str) -> Iterator
 def inspect_case(kernel: str, shape, target: str) -> dict:
     """Compiles one case; what goes wrong there is a value of the row."""
     from pallas_kernels.common import compile_only, targets
-    from pallas_kernels.paged_attention import config, kernel_sm90
 
     row = {"kernel": kernel, "shape": shape.name, "target": target, "failed": None}
-    arguments, tile = shape.arguments(), config.DEFAULT_TILE
+    module = importlib.import_module(KERNELS[kernel].module)
+    arguments, tile = shape.arguments(), module.DEFAULT_TILE
     attend = partial(
-        kernel_sm90.attend, sm_scale=shape.head_dim**-0.5, soft_cap=None, window=None, tile=tile
+        module.attend, sm_scale=shape.head_dim**-0.5, soft_cap=None, window=None, tile=tile
     )
     if not shape.is_ragged:
         attend = partial(attend, cu_q_lens=None)
@@ -81,9 +101,9 @@ def inspect_case(kernel: str, shape, target: str) -> dict:
         return row | {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     limits = targets.limits(target)
     arrays = (arguments[name] for name in ("q", "k_pages", "page_indices"))
-    geometry = config.geometry_of(*arrays, is_ragged=shape.is_ragged, tile=tile)
+    geometry = module.geometry_of(*arrays, is_ragged=shape.is_ragged, tile=tile)
     num_blocks = geometry.num_thread_blocks
-    at_once = limits.blocks_at_once(report.smem_bytes, report.registers, config.SM90_THREADS)
+    at_once = limits.blocks_at_once(report.smem_bytes, report.registers, module.THREADS)
     return row | {
         **report._asdict(),
         "stages": tile.stages,
@@ -91,19 +111,18 @@ def inspect_case(kernel: str, shape, target: str) -> dict:
         "thread_blocks": num_blocks,
         "blocks_per_processor": at_once,
         "waves": round(num_blocks / (at_once * limits.num_processors), 2) if at_once else None,
-        "occupancy": at_once * config.SM90_THREADS / limits.threads,
-        "failed": _missed_gate(report, at_once),
+        "occupancy": at_once * module.THREADS / limits.threads,
+        "failed": _missed_gate(report, at_once, KERNELS[kernel].instructions),
     }
 
 
-def _missed_gate(report, blocks_at_once: int) -> str | None:
+def _missed_gate(report, blocks_at_once: int, instructions: tuple[str, ...]) -> str | None:
     """Which promise the compiled kernel breaks."""
     gates = {
         "it spills registers": report.spill_bytes == 0,
         "it uses local memory": report.stack_bytes == 0 and not report.local_memory,
         "its shared memory does not fit": blocks_at_once > 0,
-        "it has no wgmma": report.wgmma > 0,
-        "it has no TMA copy": report.tma > 0,
+        **{f"it has no {name}": getattr(report, name) > 0 for name in instructions},
     }
     return next((sentence for sentence, holds in gates.items() if not holds), None)
 

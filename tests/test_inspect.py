@@ -14,11 +14,16 @@ import pytest
 
 from pallas_kernels.common.compile_only import sass_operations
 from pallas_kernels.common.targets import Limits
+from pallas_kernels.inspect import KERNELS
 from pallas_kernels.paged_attention.shapes import SHAPES
 
 ROOT = Path(__file__).parents[1]
 # Decode and a mixed step, head dims 64 and 128, pages within a block and larger than one.
 SUBSET = {
+    "paged_attention_sm80": (
+        "llama3.1-70b-decode-b32-c2048-p16",
+        "smollm2-135m-mixed256-b32-c512-p16",
+    ),
     "paged_attention_sm90": (
         "llama3.1-70b-decode-b32-c2048-p16",
         "llama3.1-70b-decode-b32-c2048-p128",
@@ -37,7 +42,8 @@ def inspect(python: str, *flags: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif("INSPECT_PYTHON" not in os.environ, reason="`make test` installs compilers")
 @pytest.mark.parametrize("kernel", SUBSET)
 def test_kernels_compile_without_spills_and_use_what_the_card_has(kernel):
-    flags = (f"--kernel={kernel}", f"--shape={','.join(SUBSET[kernel])}")
+    target = KERNELS[kernel].targets[0]
+    flags = (f"--kernel={kernel}", f"--target={target}", f"--shape={','.join(SUBSET[kernel])}")
     done = inspect(os.environ["INSPECT_PYTHON"], *flags)
     assert done.returncode == 0, done.stderr + done.stdout
     rows = [json.loads(line) for line in done.stdout.splitlines()]
@@ -45,7 +51,7 @@ def test_kernels_compile_without_spills_and_use_what_the_card_has(kernel):
     for row in rows:
         assert row["failed"] is None
         assert row["spill_bytes"] == row["stack_bytes"] == row["local_memory"] == 0
-        assert row["wgmma"] > 0 and row["tma"] > 0
+        assert all(row[name] > 0 for name in KERNELS[kernel].instructions)
         assert row["blocks_per_processor"] >= 1
         assert row["least_bytes"] == SHAPES[row["shape"]].least_bytes()
 

@@ -18,7 +18,7 @@ import pytest
 
 from pallas_kernels.common import timing
 from pallas_kernels.paged_attention import bench, layouts, paged_attention
-from pallas_kernels.paged_attention.config import DEFAULT_TILE
+from pallas_kernels.paged_attention.config import Tile
 from pallas_kernels.paged_attention.shapes import SHAPES, Shape, choose_shapes
 
 ROOT = Path(__file__).parents[1]
@@ -138,8 +138,8 @@ def test_contiguous_rows_give_what_pages_give(shape):
     converted = bench.as_contiguous(shape.make())
     assert converted["page_indices"].shape == (shape.num_rows, 1)
     _, _, page_size, _ = converted["k_pages"].shape
-    assert page_size % DEFAULT_TILE.block_tokens == 0
-    assert shape.context <= page_size < shape.context + DEFAULT_TILE.block_tokens
+    assert page_size % Tile().block_tokens == 0
+    assert shape.context <= page_size < shape.context + Tile().block_tokens
     assert error_of(run_xla, bench.as_contiguous, shape) < bench.TOLERANCE
 
 

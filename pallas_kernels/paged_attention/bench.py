@@ -35,7 +35,7 @@ from absl import app, flags, logging
 from pallas_kernels.common import timing
 from pallas_kernels.paged_attention import layouts, reference
 from pallas_kernels.paged_attention.api import IMPLEMENTATIONS, paged_attention
-from pallas_kernels.paged_attention.config import DEFAULT_TILE
+from pallas_kernels.paged_attention.config import Tile
 from pallas_kernels.paged_attention.shapes import Shape, choose_shapes
 
 FLAGS = flags.FLAGS
@@ -98,7 +98,7 @@ def as_contiguous(arrays: Arrays) -> Arrays:
         tokens = pages_per_row * page_size
         rows = pages.at[table].get(mode="fill", fill_value=0)  # [B, M, K, S, D]
         rows = jnp.swapaxes(rows, 1, 2).reshape(num_rows, num_kv_heads, tokens, head_dim)
-        return jnp.pad(rows, ((0, 0), (0, 0), (0, -tokens % DEFAULT_TILE.block_tokens), (0, 0)))
+        return jnp.pad(rows, ((0, 0), (0, 0), (0, -tokens % Tile().block_tokens), (0, 0)))
 
     joined = {name: join(arrays[name]) for name in ("k_pages", "v_pages")}
     return {**arrays, **joined, "page_indices": jnp.arange(num_rows, dtype=jnp.int32)[:, None]}

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 Q_LINES = 64  # the height of a wgmma tile; lines beyond those used compute what nobody reads
 SM90_SMEM_BYTES = 226 * 1024  # of the 227 KiB that a thread block can have; 1 for barriers
 SM90_HEAD_DIMS = (64, 80, 96, 128)  # of 256, registers and shared memory do not suffice
-SM90_THREADS = 256  # of a thread block: one warpgroup copies, one multiplies
 OTHER = 'use implementation="xla"'
 
 
@@ -24,9 +23,6 @@ class Tile(NamedTuple):
         ring = 2 * self.stages * self.block_tokens * head_dim * itemsize
         out = Q_LINES * (head_dim + 2) * 4
         return q + p + ring + out
-
-
-DEFAULT_TILE = Tile()
 
 
 class Geometry(NamedTuple):

@@ -9,8 +9,8 @@ checked by nobody but the reader.
 One warpgroup for each (tile of queries, KV head, split). It keeps `stages` blocks of KV in a ring
 in shared memory: while it multiplies one, the next arrive, page by page. A tile holds queries of
 one row, one for decode, with all query heads of the KV head, so that a KV byte leaves device memory
-once for all of them. Softmax runs in float32 and base 2. Splits are cut at fixed positions, so that
-a row's bits depend on that row alone; `kernel_sm90.combine` folds them in order.
+once for all of them. Softmax runs in float32 and base 2. Splits are cut at fixed positions and
+folded in order: see `split_kv`.
 """
 
 import functools
@@ -24,11 +24,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.paged_attention import tiles as query_tiles
-from pallas_kernels.paged_attention.config import OTHER, Q_LINES, Geometry, Tile, geometry_of
-from pallas_kernels.paged_attention.kernel_sm90 import combine
+from pallas_kernels.paged_attention import config, split_kv
+from pallas_kernels.paged_attention.config import OTHER, Q_LINES, Geometry, Tile
+from pallas_kernels.paged_attention.split_kv import LOG2E, Work
 
-LOG2E = math.log2(math.e)
+THREADS = 128  # of a thread block: one warpgroup
 HEAD_DIMS = (64, 96, 128)
 LINES = 16  # the height of an mma tile
 DEPTH = 16  # what one mma sums over, of 16-bit numbers
@@ -70,40 +70,19 @@ def attend(
         does not do; the message names the way out.
       ValueError: `tile` cannot be launched.
     """
-    num_tokens, num_heads, head_dim = q.shape
-    is_ragged = cu_q_lens is not None
-    geometry = _geometry(q, k_pages, page_indices, is_ragged, tile)
+    geometry = geometry_of(q, k_pages, page_indices, is_ragged=cu_q_lens is not None, tile=tile)
     _check(q, k_pages, k_scales, v_scales)
     _check_tile(geometry, tile)
-    group = num_heads // geometry.num_kv_heads
-    if is_ragged:
-        tiles = query_tiles.tiles_of_ragged(
-            lengths, cu_q_lens, num_tokens, geometry.tile_queries, geometry.num_tiles
-        )
-    else:
-        tiles = query_tiles.tiles_of_decode(lengths)
     launch = _launcher(geometry, tile, q.dtype, sm_scale, soft_cap, window, interpret)
-    packed = query_tiles.pack(q, tiles, geometry.num_kv_heads, geometry.group_rows)
-    place = jnp.stack([tiles.rows, tiles.positions, tiles.counts])
-    out, top, total = launch(packed, k_pages, v_pages, place, page_indices)
-    out, top, total = combine(
-        query_tiles.unpack(out, tiles, group, 0.0),
-        query_tiles.unpack(top, tiles, group, -jnp.inf),
-        query_tiles.unpack(total, tiles, group, 0.0),
-    )
-    return (
-        out.reshape(num_tokens, num_heads, head_dim),
-        top.reshape(num_tokens, num_heads),
-        total.reshape(num_tokens, num_heads),
-    )
+    return split_kv.attend(launch, geometry, q, k_pages, v_pages, lengths, page_indices, cu_q_lens)
 
 
-def _geometry(q, k_pages, page_indices, is_ragged: bool, tile: Tile) -> Geometry:
-    """`geometry_of`, with tiles of whole mma tiles: 16, 32, 48 or 64 lines."""
-    geometry = geometry_of(q, k_pages, page_indices, is_ragged=is_ragged, tile=tile)
-    if geometry.tile_queries > 1:  # of 8, 16, 24 or 32 lines each, as many as 64 lines hold
-        return geometry
-    return geometry._replace(group_rows=pl.cdiv(geometry.group_rows, LINES) * LINES)
+def geometry_of(q, k_pages, page_indices, *, is_ragged: bool, tile: Tile) -> Geometry:
+    """`config.geometry_of`, with tiles of whole mma tiles: 16, 32, 48 or 64 lines."""
+    made = config.geometry_of(q, k_pages, page_indices, is_ragged=is_ragged, tile=tile)
+    if made.tile_queries > 1:  # of 8, 16, 24 or 32 lines each, as many as 64 lines hold
+        return made
+    return made._replace(group_rows=pl.cdiv(made.group_rows, LINES) * LINES)
 
 
 def _check(q, k_pages, k_scales, v_scales) -> None:
@@ -165,12 +144,7 @@ def _transforms(swizzle: int):
 
 @functools.cache
 def _launcher(geometry: Geometry, tile: Tile, dtype, sm_scale, soft_cap, window, interpret):
-    """The kernel for one geometry: (q, k_pages, v_pages, place, page_indices) -> partials.
-
-    `place` is i32[3, n]: the row of each tile, the position of its first query, its queries.
-    Partials are out [n, K, N, lines, D], its largest scores and sums [n, K, N, lines], in base 2;
-    lines without a query hold anything.
-    """
+    """The kernel for one geometry, a launch for `split_kv.attend`."""
     heads, dim, block = geometry.num_kv_heads, geometry.head_dim, tile.block_tokens
     partials = (geometry.num_tiles, heads, geometry.num_splits, geometry.tile_lines)
     swizzle = _swizzle(min(geometry.page_size, block), dim)
@@ -210,33 +184,26 @@ def _kernel(
     machine: Machine,
 ):  # fmt: skip
     q_tile, head, split = (lax.axis_index(name) for name in ("tile", "head", "split"))
-    row, position, count = (place_ref[i, q_tile] for i in range(3))
-    # A query beyond the table would walk off it.
-    last = jnp.where(count > 0, jnp.clip(position + count, 0, geometry.table_tokens), 0)
-    first = jnp.int32(0) if window is None else jnp.maximum(position + 1 - window, 0)
-    start = jnp.maximum(split * tile.split_tokens, first)
-    end = jnp.minimum((split + 1) * tile.split_tokens, last)
-    first_block = lax.div(start, tile.block_tokens)
-    num_blocks = jnp.where(start < end, pl.cdiv(end, tile.block_tokens) - first_block, 0)
+    work = split_kv.work_of(q_tile, split, place_ref, window, geometry, tile)
     ahead = tile.stages - 1  # blocks under way while one is multiplied
 
     def copy(step):
         stage = lax.rem(step, tile.stages)
         _copy_block(
-            (first_block + step) * tile.block_tokens, first, last, (row, head),
+            (work.first_block + step) * tile.block_tokens, work, head,
             ((k_ref, k_smem.at[stage]), (v_ref, v_smem.at[stage])),
             table_ref=table_ref, geometry=geometry, tile=tile, machine=machine,
         )  # fmt: skip
 
     for step in range(ahead):
-        pl.when(step < num_blocks)(functools.partial(copy, jnp.int32(step)))
+        pl.when(step < work.num_blocks)(functools.partial(copy, jnp.int32(step)))
 
     q = plgpu.load(q_ref.at[q_tile, head], optimized=False)
 
     def fold(step, carry, is_last: bool):
         acc, top, total = carry
         stage = lax.rem(step, tile.stages)
-        block_start = (first_block + step) * tile.block_tokens
+        block_start = (work.first_block + step) * tile.block_tokens
         # Of the blocks under way, the oldest has arrived. How many copies come after it must be a
         # constant, so the last few blocks wait for all. Nobody reads the block before any more:
         # the wait is a barrier, and the next copy goes there.
@@ -245,7 +212,7 @@ def _kernel(
             copy(step + ahead)
         s = _scores(q, k_smem.at[stage], tile.block_tokens, machine)
         s = _cap(s, sm_scale, soft_cap)
-        seen = _seen(s.shape, block_start, start, end, position, window, geometry)
+        seen = _seen(s.shape, block_start, work, window, geometry)
         s = jnp.where(seen, s, -jnp.inf)
         new_top = jnp.maximum(top, s.max(axis=1))
         # A query that sees none of the blocks so far has no largest score yet.
@@ -254,7 +221,7 @@ def _kernel(
         p = jnp.exp2(s - lax.broadcast_in_dim(base, s.shape, [0]))
         total = total * decay + p.sum(axis=1)
         acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
-        live = (start - block_start, end - block_start)
+        live = (work.start - block_start, work.end - block_start)
         acc = _weigh(acc, p, live, p_smem, v_smem.at[stage], machine)
         return acc, new_top, total
 
@@ -264,9 +231,9 @@ def _kernel(
         jnp.full((lines,), -jnp.inf, jnp.float32),
         jnp.zeros((lines,), jnp.float32),
     )
-    steady = jnp.maximum(num_blocks - ahead, 0)
+    steady = jnp.maximum(work.num_blocks - ahead, 0)
     carry = lax.fori_loop(0, steady, functools.partial(fold, is_last=False), carry)
-    carry = lax.fori_loop(steady, num_blocks, functools.partial(fold, is_last=True), carry)
+    carry = lax.fori_loop(steady, work.num_blocks, functools.partial(fold, is_last=True), carry)
     for ref, value in zip((out_ref, top_ref, total_ref), carry, strict=True):
         plgpu.store(ref.at[q_tile, head, split], value, optimized=False)
 
@@ -276,15 +243,14 @@ def _copies(geometry: Geometry, tile: Tile) -> int:
     return 2 * max(1, tile.block_tokens // geometry.page_size)
 
 
-def _copy_block(token, first, last, where, targets, *, table_ref, geometry, tile, machine):
+def _copy_block(token, work: Work, head, targets, *, table_ref, geometry, tile, machine):
     """Starts the copies of the block at `token`, page by page, of each (pages, target)."""
-    row, head = where
     rows = min(geometry.page_size, tile.block_tokens)
     for copy in range(tile.block_tokens // rows):
         slot = lax.div(token, geometry.page_size)
-        page = table_ref[row, jnp.minimum(slot, geometry.table_pages - 1)]
+        page = table_ref[work.row, jnp.minimum(slot, geometry.table_pages - 1)]
         # cp.async checks no bounds. Where no query may look, any page does: one that stays cached.
-        live = (token < last) & ((slot + 1) * geometry.page_size > first)
+        live = (token < work.last) & ((slot + 1) * geometry.page_size > work.first)
         page = jnp.clip(jnp.where(live, page, 0), 0, geometry.num_pages - 1)
         inside = pl.ds(lax.rem(token, geometry.page_size), rows)
         for pages, target in targets:
@@ -292,13 +258,13 @@ def _copy_block(token, first, last, where, targets, *, table_ref, geometry, tile
         token += rows
 
 
-def _seen(shape, block_start, start, end, position, window, geometry: Geometry):
-    """Which keys of the block at `block_start` each line's query sees in [start, end)."""
+def _seen(shape, block_start, work: Work, window, geometry: Geometry):
+    """Which keys of the block at `block_start` each line's query sees of this split."""
     key = block_start + lax.broadcasted_iota(jnp.int32, shape, 1)
-    seen = (key >= start) & (key < end)
+    seen = (key >= work.start) & (key < work.end)
     if geometry.tile_queries > 1:
         line = lax.broadcasted_iota(jnp.int32, shape, 0)
-        query = position + lax.div(line, jnp.int32(geometry.group_rows))
+        query = work.position + lax.div(line, jnp.int32(geometry.group_rows))
         seen &= key <= query
         if window is not None:
             seen &= key > query - window

@@ -8,7 +8,6 @@ fixed positions, so that a row's bits depend on that row alone; `combine` folds 
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +15,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.paged_attention import tiles as query_tiles
+from pallas_kernels.paged_attention import split_kv
 from pallas_kernels.paged_attention.config import (
-    DEFAULT_TILE,
     Q_LINES,
     Geometry,
     Tile,
     check_sm90,
     geometry_of,
 )
+from pallas_kernels.paged_attention.split_kv import LOG2E, Work
 
-LOG2E = math.log2(math.e)
+DEFAULT_TILE = Tile()
+THREADS = 256  # of a thread block: one warpgroup copies, one multiplies
 CONSUMER, PRODUCER = 0, 1
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
 
@@ -39,54 +39,15 @@ def attend(
 
     q and pages are bfloat16 or float16, alike. Raises as `config.check_sm90` does.
     """
-    num_tokens, num_heads, head_dim = q.shape
     check_sm90(q, k_pages, tile)
-    is_ragged = cu_q_lens is not None
-    geometry = geometry_of(q, k_pages, page_indices, is_ragged=is_ragged, tile=tile)
-    group = num_heads // geometry.num_kv_heads
-    if is_ragged:
-        tiles = query_tiles.tiles_of_ragged(
-            lengths, cu_q_lens, num_tokens, geometry.tile_queries, geometry.num_tiles
-        )
-    else:
-        tiles = query_tiles.tiles_of_decode(lengths)
+    geometry = geometry_of(q, k_pages, page_indices, is_ragged=cu_q_lens is not None, tile=tile)
     launch = _launcher(geometry, tile, q.dtype, sm_scale, soft_cap, window, interpret)
-    packed = query_tiles.pack(q, tiles, geometry.num_kv_heads, geometry.group_rows)
-    place = jnp.stack([tiles.rows, tiles.positions, tiles.counts])
-    out, top, total = launch(packed, k_pages, v_pages, place, page_indices)
-    out, top, total = combine(
-        query_tiles.unpack(out, tiles, group, 0.0),
-        query_tiles.unpack(top, tiles, group, -jnp.inf),
-        query_tiles.unpack(total, tiles, group, 0.0),
-    )
-    return (
-        out.reshape(num_tokens, num_heads, head_dim),
-        top.reshape(num_tokens, num_heads),
-        total.reshape(num_tokens, num_heads),
-    )
-
-
-def combine(out, top, total):
-    """Folds splits: out [T, K, N, G, D], top and total [T, K, N, G], base 2, into the N-less.
-
-    An empty split has top -inf and total 0 and changes nothing.
-    """
-    best = top.max(axis=2)
-    finite = jnp.where(jnp.isfinite(best), best, 0.0)
-    weight = jnp.exp2(top - finite[:, :, None])
-    total = jnp.sum(total * weight, axis=2)
-    out = jnp.sum(out * weight[..., None], axis=2)
-    return out / jnp.where(total > 0, total, 1.0)[..., None], best / LOG2E, total
+    return split_kv.attend(launch, geometry, q, k_pages, v_pages, lengths, page_indices, cu_q_lens)
 
 
 @functools.cache
 def _launcher(geometry: Geometry, tile: Tile, dtype, sm_scale, soft_cap, window, interpret):
-    """The kernel for one geometry: (q, k_pages, v_pages, place, page_indices) -> partials.
-
-    `place` is i32[3, n]: the row of each tile, the position of its first query, its queries.
-    Partials are out [n, K, N, lines, D], its largest scores and sums [n, K, N, lines], in base 2;
-    lines without a query hold anything.
-    """
+    """The kernel for one geometry, a launch for `split_kv.attend`."""
     heads, dim, block = geometry.num_kv_heads, geometry.head_dim, tile.block_tokens
     partials = (geometry.num_tiles, heads, geometry.num_splits, geometry.tile_lines)
     copies = max(1, tile.block_tokens // geometry.page_size)
@@ -145,14 +106,7 @@ def _kernel(
     geometry: Geometry, tile: Tile, sm_scale, soft_cap, window,
 ):  # fmt: skip
     q_tile, head, split = (lax.axis_index(name) for name in ("tile", "head", "split"))
-    row, position, count = (place_ref[i, q_tile] for i in range(3))
-    # A query beyond the table would walk off it.
-    last = jnp.where(count > 0, jnp.clip(position + count, 0, geometry.table_tokens), 0)
-    first = jnp.int32(0) if window is None else jnp.maximum(position + 1 - window, 0)
-    start = jnp.maximum(split * tile.split_tokens, first)
-    end = jnp.minimum((split + 1) * tile.split_tokens, last)
-    first_block = lax.div(start, tile.block_tokens)
-    num_blocks = jnp.where(start < end, pl.cdiv(end, tile.block_tokens) - first_block, 0)
+    work = split_kv.work_of(q_tile, split, place_ref, window, geometry, tile)
 
     @pl.when(lax.axis_index("warpgroup") == PRODUCER)
     def _():
@@ -160,7 +114,7 @@ def _kernel(
         ours = pl.ds(0, geometry.tile_lines)
         plgpu.copy_gmem_to_smem(q_ref.at[q_tile, head], q_smem.at[ours], q_barrier)
 
-        @pl.loop(0, num_blocks)
+        @pl.loop(0, work.num_blocks)
         def _(step):
             stage = lax.rem(step, tile.stages)
 
@@ -169,7 +123,7 @@ def _kernel(
                 plgpu.barrier_wait(free_barriers.at[stage])
 
             _copy_block(
-                (first_block + step) * tile.block_tokens, first, last, (row, head),
+                (work.first_block + step) * tile.block_tokens, work, head,
                 (k_ref, k_smem.at[stage], k_barriers.at[stage]),
                 (v_ref, v_smem.at[stage], v_barriers.at[stage]),
                 table_ref=table_ref, geometry=geometry, tile=tile,
@@ -183,14 +137,14 @@ def _kernel(
         def fold(step, carry):
             acc, top, total = carry
             stage = lax.rem(step, tile.stages)
-            block_start = (first_block + step) * tile.block_tokens
+            block_start = (work.first_block + step) * tile.block_tokens
             plgpu.barrier_wait(k_barriers.at[stage])
             s = pl.run_scoped(
                 functools.partial(_scores, q_smem=q_smem, k_smem=k_smem.at[stage]),
                 plgpu.WGMMAAccumulatorRef((Q_LINES, tile.block_tokens), jnp.float32),
             )
             s = _cap(s, sm_scale, soft_cap)
-            seen = _seen(s.shape, block_start, start, end, position, window, geometry)
+            seen = _seen(s.shape, block_start, work, window, geometry)
             s = jnp.where(seen, s, -jnp.inf)
             new_top = jnp.maximum(top, s.max(axis=1))
             # A query that sees none of the blocks so far has no largest score yet.
@@ -200,41 +154,42 @@ def _kernel(
             total = total * decay + p.sum(axis=1)
 
             plgpu.barrier_wait(v_barriers.at[stage])
-            product = _weigh(p, last - block_start, acc.shape, p_smem, v_smem.at[stage])
+            product = _weigh(p, work.last - block_start, acc.shape, p_smem, v_smem.at[stage])
             plgpu.barrier_arrive(free_barriers.at[stage])
             return acc * lax.broadcast_in_dim(decay, acc.shape, [0]) + product, new_top, total
 
         carry = _start(geometry.head_dim)
-        out_smem[...], top_smem[...], total_smem[...] = lax.fori_loop(0, num_blocks, fold, carry)
+        out_smem[...], top_smem[...], total_smem[...] = lax.fori_loop(
+            0, work.num_blocks, fold, carry
+        )
         targets = ((out_smem, out_ref), (top_smem, top_ref), (total_smem, total_ref))
-        _write(targets, (q_tile, head, split), count, geometry)
+        _write(targets, (q_tile, head, split), work.count, geometry)
 
 
-def _seen(shape, block_start, start, end, position, window, geometry: Geometry):
-    """Which keys of the block at `block_start` each line's query sees in [start, end)."""
+def _seen(shape, block_start, work: Work, window, geometry: Geometry):
+    """Which keys of the block at `block_start` each line's query sees of this split."""
 
     def iota(axis):
         return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
     key = block_start + iota(1)
-    seen = (key >= start) & (key < end)
+    seen = (key >= work.start) & (key < work.end)
     if geometry.tile_queries > 1:
-        query = position + lax.div(iota(0), jnp.int32(geometry.group_rows))
+        query = work.position + lax.div(iota(0), jnp.int32(geometry.group_rows))
         seen &= key <= query
         if window is not None:
             seen &= key > query - window
     return seen
 
 
-def _copy_block(token, first, last, where, keys, values, *, table_ref, geometry, tile):
+def _copy_block(token, work: Work, head, keys, values, *, table_ref, geometry, tile):
     """Starts the copies of the block at `token`, page by page, of each (pages, target, barrier)."""
-    row, head = where
     rows = min(geometry.page_size, tile.block_tokens)
     for copy in range(tile.block_tokens // rows):
         slot = lax.div(token, geometry.page_size)
-        page = table_ref[row, jnp.minimum(slot, geometry.table_pages - 1)]
+        page = table_ref[work.row, jnp.minimum(slot, geometry.table_pages - 1)]
         # Where no query may look, page P: beyond the pool, a copy writes zeros and reads nothing.
-        live = (token < last) & ((slot + 1) * geometry.page_size > first)
+        live = (token < work.last) & ((slot + 1) * geometry.page_size > work.first)
         page = jnp.where(live, page, geometry.num_pages)
         inside = pl.ds(lax.rem(token, geometry.page_size), rows)
         for pages, target, barrier in (keys, values):

@@ -1,0 +1,92 @@
+"""What the GPU kernels share: a call around a launch, the KV that one thread block reads, the fold.
+
+A launch computes, for each (tile of queries, KV head, split of the row's KV), a softmax in base 2:
+weighted values, largest score, sum of weights. Splits are cut at fixed positions, so that a row's
+bits depend on that row alone; `combine` folds them in order.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.paged_attention import tiles as query_tiles
+from pallas_kernels.paged_attention.config import Geometry, Tile
+
+LOG2E = math.log2(math.e)
+
+
+def attend(
+    launch: Callable, geometry: Geometry, q, k_pages, v_pages, lengths, page_indices, cu_q_lens
+):
+    """Packs queries, launches, folds: the result of `reference.attend`.
+
+    `launch` takes (q, k_pages, v_pages, place, page_indices) and returns partials: out
+    [n, K, N, lines, D], largest scores and sums [n, K, N, lines]. `place` is i32[3, n]: the row of
+    each tile, the position of its first query, its queries. Lines without a query hold anything.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    group = num_heads // geometry.num_kv_heads
+    if cu_q_lens is None:
+        tiles = query_tiles.tiles_of_decode(lengths)
+    else:
+        tiles = query_tiles.tiles_of_ragged(
+            lengths, cu_q_lens, num_tokens, geometry.tile_queries, geometry.num_tiles
+        )
+    packed = query_tiles.pack(q, tiles, geometry.num_kv_heads, geometry.group_rows)
+    place = jnp.stack([tiles.rows, tiles.positions, tiles.counts])
+    out, top, total = launch(packed, k_pages, v_pages, place, page_indices)
+    out, top, total = combine(
+        query_tiles.unpack(out, tiles, group, 0.0),
+        query_tiles.unpack(top, tiles, group, -jnp.inf),
+        query_tiles.unpack(total, tiles, group, 0.0),
+    )
+    return (
+        out.reshape(num_tokens, num_heads, head_dim),
+        top.reshape(num_tokens, num_heads),
+        total.reshape(num_tokens, num_heads),
+    )
+
+
+def combine(out, top, total):
+    """Folds splits: out [T, K, N, G, D], top and total [T, K, N, G], base 2, into the N-less.
+
+    An empty split has top -inf and total 0 and changes nothing.
+    """
+    best = top.max(axis=2)
+    finite = jnp.where(jnp.isfinite(best), best, 0.0)
+    weight = jnp.exp2(top - finite[:, :, None])
+    total = jnp.sum(total * weight, axis=2)
+    out = jnp.sum(out * weight[..., None], axis=2)
+    return out / jnp.where(total > 0, total, 1.0)[..., None], best / LOG2E, total
+
+
+class Work(NamedTuple):
+    """What a thread block does: queries of one row, and the part of its KV that they look at."""
+
+    row: jax.Array  # i32[], as all of these
+    position: jax.Array  # of the first query in the row
+    count: jax.Array  # of queries
+    first: jax.Array  # key that any query sees, in any split
+    last: jax.Array  # key that any query sees, in any split, and one
+    start: jax.Array  # key of this split, at least `first`
+    end: jax.Array  # of this split, at most `last`
+    first_block: jax.Array
+    num_blocks: jax.Array
+
+
+def work_of(q_tile, split, place_ref, window: int | None, geometry: Geometry, tile: Tile) -> Work:
+    """The work of a thread block, in a kernel; `place_ref` as in `attend`."""
+    row, position, count = (place_ref[i, q_tile] for i in range(3))
+    # A query beyond the table would walk off it.
+    last = jnp.where(count > 0, jnp.clip(position + count, 0, geometry.table_tokens), 0)
+    first = jnp.int32(0) if window is None else jnp.maximum(position + 1 - window, 0)
+    start = jnp.maximum(split * tile.split_tokens, first)
+    end = jnp.minimum((split + 1) * tile.split_tokens, last)
+    first_block = lax.div(start, tile.block_tokens)
+    num_blocks = jnp.where(start < end, pl.cdiv(end, tile.block_tokens) - first_block, 0)
+    return Work(row, position, count, first, last, start, end, first_block, num_blocks)
