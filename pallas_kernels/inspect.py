@@ -101,7 +101,7 @@ def inspect_case(kernel: str, shape, target: str) -> dict:
         return row | {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     limits = targets.limits(target)
     arrays = (arguments[name] for name in ("q", "k_pages", "page_indices"))
-    geometry = module.geometry_of(*arrays, is_ragged=shape.is_ragged, tile=tile)
+    geometry = module.check(*arrays, is_ragged=shape.is_ragged, tile=tile)
     num_blocks = geometry.num_thread_blocks
     at_once = limits.blocks_at_once(report.smem_bytes, report.registers, module.THREADS)
     return row | {

@@ -5,29 +5,48 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention import reference, xla
+from pallas_kernels.paged_attention import gpu, reference, xla
 
 Implementation = Literal["reference", "xla", "mosaic_gpu"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
+Shaped = jax.Array | jax.ShapeDtypeStruct
 QUANTISED = ("int8", "float8_e4m3fn")  # dtypes of pages that come with scales
 
 
-def resolve_implementation(implementation: str | None = None) -> str:
-    """The name of the implementation that a call would use: `None` picks the best one here.
+def resolve_implementation(
+    implementation: str | None = None,
+    q: Shaped | None = None,
+    k_pages: Shaped | None = None,
+    page_indices: Shaped | None = None,
+    cu_q_lens: Shaped | None = None,
+) -> str:
+    """The name of the implementation that a call with these arrays would use.
+
+    `None` picks the best one that works here: on a GPU that has a kernel, that kernel, if it takes
+    the arrays and has given the reference's result on this very card; otherwise XLA. Without
+    arrays, what a decode step of bfloat16 with head dim 128 would use. `gpu.reason_against` says
+    why a kernel is not taken.
 
     Raises:
       ValueError: the name is not one of `IMPLEMENTATIONS`.
       NotImplementedError: the name is known, but cannot run here.
     """
     if implementation is None:
-        return "xla"
+        if gpu.card() is None:
+            return "xla"
+        usual = ((1, 1, 128), (1, 1, 16, 128))
+        q, k_pages = (
+            jax.ShapeDtypeStruct(shape, jnp.bfloat16) if x is None else x
+            for x, shape in zip((q, k_pages), usual, strict=True)
+        )
+        if page_indices is None:
+            page_indices = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        against = gpu.reason_against(q, k_pages, page_indices, is_ragged=cu_q_lens is not None)
+        return "mosaic_gpu" if against is None else "xla"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{implementation=} is unknown: give None or one of {IMPLEMENTATIONS}.")
-    if implementation == "mosaic_gpu" and jax.default_backend() != "gpu":
-        raise NotImplementedError(
-            f'"mosaic_gpu" needs an NVIDIA Hopper GPU, and JAX runs on {jax.default_backend()}: '
-            'use implementation="xla".'
-        )
+    if implementation == "mosaic_gpu":
+        gpu.kernel_of_card()
     return implementation
 
 
@@ -83,13 +102,13 @@ def paged_attention(
       ValueError: shapes, dtypes or options do not fit; the message says which and what would.
       NotImplementedError: the implementation named cannot run here.
     """
-    implementation = resolve_implementation(implementation)
     lengths, page_indices = jnp.asarray(lengths), jnp.asarray(page_indices)
     cu_q_lens = None if cu_q_lens is None else jnp.asarray(cu_q_lens)
     _check_arrays(q, k_pages, v_pages, sinks)
     _check_scales(k_pages, k_scales, v_scales)
     _check_rows(q, lengths, page_indices, cu_q_lens)
     _check_options(soft_cap, sliding_window)
+    implementation = resolve_implementation(implementation, q, k_pages, page_indices, cu_q_lens)
     if implementation == "reference" and cu_q_lens is None:
         cu_q_lens = jnp.arange(q.shape[0] + 1, dtype=jnp.int32)
     scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
@@ -104,9 +123,7 @@ def paged_attention(
 
 def _attend_of(implementation: str):
     if implementation == "mosaic_gpu":  # whoever has no GPU need not import its compiler
-        from pallas_kernels.paged_attention import kernel_sm90
-
-        return kernel_sm90.attend
+        return gpu.kernel_of_card().attend
     return {"reference": reference.attend, "xla": xla.attend}[implementation]
 
 

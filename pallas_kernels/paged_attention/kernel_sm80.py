@@ -24,8 +24,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.paged_attention import config, split_kv
-from pallas_kernels.paged_attention.config import OTHER, Q_LINES, Geometry, Tile
+from pallas_kernels.paged_attention import split_kv
+from pallas_kernels.paged_attention.config import OTHER, Q_LINES, Geometry, Tile, geometry_of
 from pallas_kernels.paged_attention.split_kv import LOG2E, Work
 
 THREADS = 128  # of a thread block: one warpgroup
@@ -63,33 +63,25 @@ def attend(
 ):  # fmt: skip
     """The contract of `reference.attend`; `cu_q_lens` None means one query for each row.
 
-    q [T, H, D] and pages [P, K, S, D] are bfloat16 or float16, alike, and without scales.
-
-    Raises:
-      NotImplementedError: a dtype, head dim, page size, number of heads, or scales that the kernel
-        does not do; the message names the way out.
-      ValueError: `tile` cannot be launched.
+    q [T, H, D] and pages [P, K, S, D] are bfloat16 or float16, alike, and without scales. Raises as
+    `check` does.
     """
-    geometry = geometry_of(q, k_pages, page_indices, is_ragged=cu_q_lens is not None, tile=tile)
-    _check(q, k_pages, k_scales, v_scales)
-    _check_tile(geometry, tile)
+    if k_scales is not None or v_scales is not None:
+        raise NotImplementedError(f"k_scales and v_scales must be None: {OTHER}.")
+    geometry = check(q, k_pages, page_indices, is_ragged=cu_q_lens is not None, tile=tile)
     launch = _launcher(geometry, tile, q.dtype, sm_scale, soft_cap, window, interpret)
     return split_kv.attend(launch, geometry, q, k_pages, v_pages, lengths, page_indices, cu_q_lens)
 
 
-def geometry_of(q, k_pages, page_indices, *, is_ragged: bool, tile: Tile) -> Geometry:
-    """`config.geometry_of`, with tiles of whole mma tiles: 16, 32, 48 or 64 lines."""
-    made = config.geometry_of(q, k_pages, page_indices, is_ragged=is_ragged, tile=tile)
-    if made.tile_queries > 1:  # of 8, 16, 24 or 32 lines each, as many as 64 lines hold
-        return made
-    return made._replace(group_rows=pl.cdiv(made.group_rows, LINES) * LINES)
+def check(q, k_pages, page_indices, *, is_ragged: bool, tile: Tile = DEFAULT_TILE) -> Geometry:
+    """The geometry of a call with arrays of these shapes: tiles of 16, 32, 48 or 64 lines.
 
-
-def _check(q, k_pages, k_scales, v_scales) -> None:
-    """Raises NotImplementedError for what the kernel does not do."""
+    Raises:
+      NotImplementedError: a dtype, head dim, page size or number of heads that the kernel does not
+        do; the message names the way out.
+      ValueError: `tile` cannot be launched.
+    """
     head_dim = q.shape[2]
-    if k_scales is not None or v_scales is not None:
-        raise NotImplementedError(f"k_scales and v_scales must be None: {OTHER}.")
     if q.dtype not in (jnp.bfloat16, jnp.float16) or q.dtype != k_pages.dtype:
         raise NotImplementedError(
             f"{q.dtype=!s} and {k_pages.dtype=!s} must both be bfloat16 or both float16: {OTHER}."
@@ -98,6 +90,11 @@ def _check(q, k_pages, k_scales, v_scales) -> None:
         raise NotImplementedError(f"{head_dim=} must be one of {HEAD_DIMS}: {OTHER}.")
     if q.shape[1] // k_pages.shape[1] > Q_LINES:
         raise NotImplementedError(f"More than {Q_LINES} query heads share a KV head: {OTHER}.")
+    geometry = geometry_of(q, k_pages, page_indices, is_ragged=is_ragged, tile=tile)
+    if geometry.tile_queries == 1:  # more fill 16, 32, 48 or 64 lines as they are
+        geometry = geometry._replace(group_rows=pl.cdiv(geometry.group_rows, LINES) * LINES)
+    _check_tile(geometry, tile)
+    return geometry
 
 
 def _check_tile(geometry: Geometry, tile: Tile) -> None:

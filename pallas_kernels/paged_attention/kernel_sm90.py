@@ -39,10 +39,15 @@ def attend(
 
     q and pages are bfloat16 or float16, alike. Raises as `config.check_sm90` does.
     """
-    check_sm90(q, k_pages, tile)
-    geometry = geometry_of(q, k_pages, page_indices, is_ragged=cu_q_lens is not None, tile=tile)
+    geometry = check(q, k_pages, page_indices, is_ragged=cu_q_lens is not None, tile=tile)
     launch = _launcher(geometry, tile, q.dtype, sm_scale, soft_cap, window, interpret)
     return split_kv.attend(launch, geometry, q, k_pages, v_pages, lengths, page_indices, cu_q_lens)
+
+
+def check(q, k_pages, page_indices, *, is_ragged: bool, tile: Tile = DEFAULT_TILE) -> Geometry:
+    """The geometry of a call with arrays of these shapes; raises as `config.check_sm90` does."""
+    check_sm90(q, k_pages, tile)
+    return geometry_of(q, k_pages, page_indices, is_ragged=is_ragged, tile=tile)
 
 
 @functools.cache

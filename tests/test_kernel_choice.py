@@ -1,0 +1,117 @@
+"""Which implementation is taken unasked, on machines with and without a GPU that a kernel is for.
+
+The GPU is a fake, and its kernel the Hopper one under the interpreter, or something worse.
+"""
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from attention_oracle import make_problem
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.paged_attention import (
+    gpu,
+    kernel_sm90,
+    paged_attention,
+    reference,
+    resolve_implementation,
+)
+from pallas_kernels.paged_attention.config import Tile
+
+
+@pytest.fixture(autouse=True)
+def fresh_check():
+    gpu.fault_here.cache_clear()
+    yield
+    gpu.fault_here.cache_clear()
+
+
+def put_gpu(monkeypatch, attend, capability="9.0"):
+    """Makes JAX say that it runs on a GPU whose kernel is `attend`."""
+    card = SimpleNamespace(device_kind="a card", compute_capability=capability)
+    monkeypatch.setattr(gpu, "card", lambda: card)
+    module = SimpleNamespace(attend=attend, check=kernel_sm90.check)
+    monkeypatch.setattr(gpu, "importlib", SimpleNamespace(import_module=lambda name: module))
+
+
+def half_precision():
+    return make_problem((5, 40), dtype=jnp.bfloat16)
+
+
+def test_a_kernel_that_gives_the_reference_here_is_taken_even_while_tracing(monkeypatch):
+    interpreted = functools.partial(
+        kernel_sm90.attend,
+        tile=Tile(block_tokens=64, stages=2, split_tokens=64),
+        interpret=plgpu.InterpretGPUParams(),
+    )
+    calls = []
+
+    def attend(*args, **kwargs):
+        calls.append(args[0].shape)
+        return interpreted(*args, **kwargs)
+
+    put_gpu(monkeypatch, attend)
+    problem = half_precision()
+    jax.eval_shape(jax.jit(functools.partial(problem.call, paged_attention)))
+    assert calls == [(7, 4, 64), problem.q.shape]  # the check, and the call
+    assert resolve_implementation() == "mosaic_gpu"
+    assert len(calls) == 2  # checked once
+
+
+def wrong(*args, **kwargs):
+    out, top, total = reference.attend(*args, **kwargs)
+    return out.at[3, 2, 5].add(0.1), top, total
+
+
+def not_a_number(*args, **kwargs):
+    out, top, total = reference.attend(*args, **kwargs)
+    return out.at[3, 2, 5].set(jnp.nan), top, total
+
+
+def broken(*args, **kwargs):
+    raise RuntimeError("no such instruction")
+
+
+@pytest.mark.parametrize(
+    ("attend", "reason"),
+    [
+        (wrong, "its largest error on this card is 0.1"),
+        (not_a_number, "its largest error on this card is nan"),
+        (broken, "RuntimeError: no such instruction"),
+    ],
+)
+def test_a_kernel_that_fails_here_is_not_taken_unasked_and_says_why(monkeypatch, attend, reason):
+    put_gpu(monkeypatch, attend)
+    problem = half_precision()
+    assert resolve_implementation(None, problem.q, problem.k_pages) == "xla"
+    against = gpu.reason_against(problem.q, problem.k_pages, problem.page_indices, is_ragged=False)
+    assert against is not None and reason in against
+    assert resolve_implementation("mosaic_gpu") == "mosaic_gpu"  # whoever asks gets it
+
+
+def test_what_the_kernel_does_not_take_goes_to_xla(monkeypatch):
+    put_gpu(monkeypatch, broken)
+    problem = make_problem((5, 40))  # float32
+    assert resolve_implementation(None, problem.q, problem.k_pages) == "xla"
+    against = gpu.reason_against(problem.q, problem.k_pages, problem.page_indices, is_ragged=False)
+    assert against is not None and "float32" in against
+    problem.call(paged_attention)
+
+
+def test_a_card_without_a_kernel_is_named(monkeypatch):
+    put_gpu(monkeypatch, broken, capability="7.5")
+    assert resolve_implementation() == "xla"
+    with pytest.raises(NotImplementedError, match=r'a card \(7\.5\): use implementation="xla"'):
+        resolve_implementation("mosaic_gpu")
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"), [("8.0", "kernel_sm80"), ("8.9", "kernel_sm80"), ("9.0", "kernel_sm90")]
+)
+def test_each_card_has_its_kernel(monkeypatch, capability, name):
+    put_gpu(monkeypatch, broken, capability)
+    monkeypatch.setattr(gpu, "importlib", SimpleNamespace(import_module=lambda name: name))
+    assert gpu.kernel_of_card() == f"pallas_kernels.paged_attention.{name}"
