@@ -25,7 +25,7 @@ BELOW = {
     "checkpoint": {"config", "model"},
 }
 CHECKPOINT_MAY_IMPORT = ("jaxpage.config", "jaxpage.model.params", "jaxpage.model.presets")
-USE_KERNELS = ("model", "engine")
+USE_KERNELS = ("paging", "model", "engine")
 
 
 def sources(*packages: str) -> list[str]:

@@ -11,6 +11,7 @@ from flax import struct
 from jax.typing import DTypeLike
 
 from jaxpage.config import EngineConfig, ModelConfig
+from pallas_kernels.kv_write import write_kv
 
 
 class KvPool(struct.PyTreeNode):
@@ -61,17 +62,11 @@ def write(
     """
     nowhere = pool.keys.shape[0] * pool.num_pages
     index = jnp.where(pages < pool.num_pages, pages + layer * pool.num_pages, nowhere)
-    if index.shape == (1,):
-        # XLA turns a scatter of one into a slice update that copies the pool; of two, it does not.
-        index = jnp.concatenate([index, jnp.full((1,), nowhere, index.dtype)])
-        offsets, keys, values = (jnp.repeat(x, 2, axis=0) for x in (offsets, keys, values))
-
-    def scatter(held: jax.Array, new: jax.Array) -> jax.Array:
-        flat = held.reshape(-1, *held.shape[2:])
-        flat = flat.at[index, :, offsets].set(new.astype(held.dtype), mode="drop")
-        return flat.reshape(held.shape)
-
-    return KvPool(keys=scatter(pool.keys, keys), values=scatter(pool.values, values))
+    flat = (-1, *pool.keys.shape[2:])
+    written = write_kv(
+        pool.keys.reshape(flat), pool.values.reshape(flat), keys, values, index, offsets
+    )
+    return KvPool(*(pages.reshape(pool.keys.shape) for pages in written))
 
 
 def pages_of_layer(
