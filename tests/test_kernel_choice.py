@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.paged_attention import (
     gpu,
+    kernel_sm80,
     kernel_sm90,
     paged_attention,
     reference,
@@ -115,3 +116,10 @@ def test_each_card_has_its_kernel(monkeypatch, capability, name):
     put_gpu(monkeypatch, broken, capability)
     monkeypatch.setattr(gpu, "importlib", SimpleNamespace(import_module=lambda name: name))
     assert gpu.kernel_of_card() == f"pallas_kernels.paged_attention.{name}"
+
+
+def test_a_version_of_jax_that_the_ampere_kernel_cannot_use_is_named(monkeypatch):
+    monkeypatch.delattr(plgpu, "store", raising=False)
+    problem = half_precision()
+    with pytest.raises(NotImplementedError, match=r'jax \S+ lacks .* use implementation="xla"'):
+        kernel_sm80.check(problem.q, problem.k_pages, problem.page_indices, is_ragged=False)

@@ -77,10 +77,12 @@ def check(q, k_pages, page_indices, *, is_ragged: bool, tile: Tile = DEFAULT_TIL
     """The geometry of a call with arrays of these shapes: tiles of 16, 32, 48 or 64 lines.
 
     Raises:
-      NotImplementedError: a dtype, head dim, page size or number of heads that the kernel does not
-        do; the message names the way out.
+      NotImplementedError: a dtype, head dim, page size, number of heads or version of JAX that the
+        kernel does not do; the message names the way out.
       ValueError: `tile` cannot be launched.
     """
+    if not hasattr(plgpu, "store"):
+        raise NotImplementedError(f"jax {jax.__version__} lacks plgpu.store, as of 0.12: {OTHER}.")
     head_dim = q.shape[2]
     if q.dtype not in (jnp.bfloat16, jnp.float16) or q.dtype != k_pages.dtype:
         raise NotImplementedError(
