@@ -13,9 +13,9 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import app, flags
 
@@ -28,14 +28,64 @@ class Kernel(NamedTuple):
     module: str
     targets: tuple[str, ...]
     instructions: tuple[str, ...]  # fields of `compile_only.Report`
+    case: Callable[[Any, Any], "Case"]  # of the module and a shape
+
+
+class Case(NamedTuple):
+    """A call in which the kernel is launched once."""
+
+    call: Callable
+    arguments: dict[str, Any]  # shapes by name
+    stages: int
+    thread_blocks: int
+    least_bytes: int  # that any algorithm must move
+
+
+def attention_case(module, shape) -> Case:
+    """One call of `paged_attention`."""
+    arguments, tile = shape.arguments(), module.DEFAULT_TILE
+    call = partial(
+        module.attend, sm_scale=shape.head_dim**-0.5, soft_cap=None, window=None, tile=tile
+    )
+    if not shape.is_ragged:
+        call = partial(call, cu_q_lens=None)
+    arrays = (arguments[name] for name in ("q", "k_pages", "page_indices"))
+    geometry = module.check(*arrays, is_ragged=shape.is_ragged, tile=tile)
+    return Case(call, arguments, tile.stages, geometry.num_thread_blocks, shape.least_bytes())
+
+
+def copy_case(module, shape) -> Case:
+    """One page for each row is copied, as when all rows fork."""
+    import jax
+    import jax.numpy as jnp
+
+    pages = shape.arguments()["k_pages"]
+    index = jax.ShapeDtypeStruct((shape.num_rows,), jnp.int32)
+    page_bytes = pages.size // pages.shape[0] * pages.dtype.itemsize
+    return Case(
+        module.copy,
+        {"pages": pages, "sources": index, "targets": index},
+        stages=1,
+        thread_blocks=shape.num_rows * module.pieces_of(pages).count,
+        least_bytes=2 * shape.num_rows * page_bytes,
+    )
 
 
 KERNELS = {
     "paged_attention_sm80": Kernel(
-        "pallas_kernels.paged_attention.kernel_sm80", ("a100",), ("mma", "cp_async")
+        "pallas_kernels.paged_attention.kernel_sm80",
+        ("a100",),
+        ("mma", "cp_async"),
+        attention_case,
     ),
     "paged_attention_sm90": Kernel(
-        "pallas_kernels.paged_attention.kernel_sm90", ("h100", "h200"), ("wgmma", "tma")
+        "pallas_kernels.paged_attention.kernel_sm90",
+        ("h100", "h200"),
+        ("wgmma", "tma"),
+        attention_case,
+    ),
+    "page_copy_sm90": Kernel(
+        "pallas_kernels.page_copy.kernel_sm90", ("h100", "h200"), ("tma",), copy_case
     ),
 }
 
@@ -89,28 +139,21 @@ def inspect_case(kernel: str, shape, target: str) -> dict:
 
     row = {"kernel": kernel, "shape": shape.name, "target": target, "failed": None}
     module = importlib.import_module(KERNELS[kernel].module)
-    arguments, tile = shape.arguments(), module.DEFAULT_TILE
-    attend = partial(
-        module.attend, sm_scale=shape.head_dim**-0.5, soft_cap=None, window=None, tile=tile
-    )
-    if not shape.is_ragged:
-        attend = partial(attend, cu_q_lens=None)
     try:
-        report = compile_only.compile_kernel(attend, arguments, targets.device(target))
+        case = KERNELS[kernel].case(module, shape)
+        report = compile_only.compile_kernel(case.call, case.arguments, targets.device(target))
     except Exception as error:  # a compiler's errors are of many classes
         return row | {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     limits = targets.limits(target)
-    arrays = (arguments[name] for name in ("q", "k_pages", "page_indices"))
-    geometry = module.check(*arrays, is_ragged=shape.is_ragged, tile=tile)
-    num_blocks = geometry.num_thread_blocks
     at_once = limits.blocks_at_once(report.smem_bytes, report.registers, module.THREADS)
+    waves = round(case.thread_blocks / (at_once * limits.num_processors), 2) if at_once else None
     return row | {
         **report._asdict(),
-        "stages": tile.stages,
-        "least_bytes": shape.least_bytes(),
-        "thread_blocks": num_blocks,
+        "stages": case.stages,
+        "least_bytes": case.least_bytes,
+        "thread_blocks": case.thread_blocks,
         "blocks_per_processor": at_once,
-        "waves": round(num_blocks / (at_once * limits.num_processors), 2) if at_once else None,
+        "waves": waves,
         "occupancy": at_once * module.THREADS / limits.threads,
         "failed": _missed_gate(report, at_once, KERNELS[kernel].instructions),
     }
