@@ -62,6 +62,7 @@ def main(_: list[str]) -> None:
             "output_tokens": num_output,
             "prompt_tokens": num_prompt,
             "num_pages": config.num_pages,
+            "attention": common.attention_in_use(engine),
             **common.provenance(),
         }
     )

@@ -1,5 +1,6 @@
 """What the scripts here share: flags, files, the model, and how a run ends."""
 
+import functools
 import json
 import resource
 import subprocess
@@ -20,11 +21,16 @@ from jaxpage.config import ConfigError, EngineConfig, require
 from jaxpage.engine.host import Engine, Request
 from jaxpage.engine.sizing import engine_config
 from jaxpage.engine.step import Setup
+from jaxpage.model.llama import AttentionFn
 from jaxpage.model.placement import serving_params
 from jaxpage.paging.allocator import ALLOCATORS
 from jaxpage.scheduling.policies import POLICIES
 from jaxpage.sim.workloads import bench_prompts
-from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.paged_attention import (
+    IMPLEMENTATIONS,
+    paged_attention,
+    resolve_implementation,
+)
 
 FLAGS = flags.FLAGS
 
@@ -53,6 +59,12 @@ def define_engine_flags(num_slots: int = 32) -> None:
     flags.DEFINE_integer("page_size", 16, "How many tokens a page holds.", lower_bound=1)
     flags.DEFINE_enum(
         "policy", "fcfs", sorted(POLICIES), "Who goes first, and so who is preempted last."
+    )
+    flags.DEFINE_enum(
+        "attention",
+        "auto",
+        ["auto", *IMPLEMENTATIONS],
+        "Which implementation of attention to use; auto takes the best that works on this machine.",
     )
     flags.DEFINE_bool(
         "batch_invariant",
@@ -95,9 +107,30 @@ def engine_for(model: LoadedModel, params: dict, config: EngineConfig, allocator
         engine=config,
         allocator=ALLOCATORS[allocator],
         policy=POLICIES[FLAGS.policy],
-        attention=paged_attention,
+        attention=attention_named(FLAGS.attention),
     )
     return Engine(params, setup, jnp.dtype(FLAGS.dtype))
+
+
+@functools.cache  # programs are compiled for each object
+def attention_named(name: str) -> AttentionFn:
+    """The attention of `--attention`; one that cannot run here is an error at once."""
+    if name == "auto":
+        return paged_attention
+    try:
+        return functools.partial(paged_attention, implementation=resolve_implementation(name))
+    except NotImplementedError as error:
+        raise ConfigError(f"--attention={name}: {error}") from error
+
+
+def attention_in_use(engine: Engine) -> str:
+    """The implementation that the engine's mixed steps take."""
+    model, pool = engine.setup.model, engine.state.pool
+    q = jax.ShapeDtypeStruct((1, model.num_heads, model.head_dim), pool.keys.dtype)
+    pages = jax.ShapeDtypeStruct(pool.keys.shape[1:], pool.keys.dtype)
+    index = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    named = None if FLAGS.attention == "auto" else FLAGS.attention
+    return resolve_implementation(named, q, pages, index, cu_q_lens=index)
 
 
 def load_flagged_model() -> LoadedModel:

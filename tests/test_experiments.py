@@ -154,6 +154,26 @@ def test_a_budget_below_one_page_is_refused(tmp_path):
     assert_fails_with(done, "kv_bytes=1000", "raise it")
 
 
+def test_attention_is_chosen_by_flag_and_refused_where_it_cannot_run(tmp_path):
+    line = {"id": "a", "prompt_ids": [1, 2, 3], "max_new_tokens": 4}
+    outputs = []
+    for name in ("auto", "reference"):
+        out = tmp_path / f"{name}.jsonl"
+        prompts = write_jsonl(tmp_path / "in.jsonl", line)
+        done = run_script(
+            "generate", "--model=tiny", f"--prompts={prompts}", f"--out={out}", "--num_slots=2",
+            f"--attention={name}",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        outputs.append(json.loads(out.read_text())["output_ids"])
+    assert outputs[0] == outputs[1] and len(outputs[0]) == 4
+    done = run_script(
+        "generate", "--model=tiny", f"--prompts={tmp_path / 'in.jsonl'}",
+        f"--out={tmp_path / 'o.jsonl'}", "--attention=mosaic_gpu",
+    )  # fmt: skip
+    assert_fails_with(done, "--attention=mosaic_gpu", 'use implementation="xla"')
+
+
 def test_the_bench_prints_its_contract_and_compiles_nothing_while_serving(tmp_path):
     workload = write_jsonl(
         tmp_path / "w.jsonl",
@@ -165,6 +185,7 @@ def test_the_bench_prints_its_contract_and_compiles_nothing_while_serving(tmp_pa
     row = json.loads(done.stdout.strip().splitlines()[-1])
     assert row["output_tokens"] == 15
     assert row["recompiles"] == 0
+    assert row["attention"] == "xla"
     for name in ("output_tokens_per_s", "total_tokens_per_s", "compile_s", "steps",
                  "peak_rss_bytes", "host_transfers_per_step"):  # fmt: skip
         assert row[name] > 0
