@@ -45,10 +45,11 @@ def copy_pages(
         if array.dtype != jnp.int32:
             raise ValueError(f"{name}.dtype={array.dtype} must be int32: use .astype(jnp.int32).")
     if implementation == "mosaic_gpu":
-        if jax.default_backend() != "gpu":
+        card = jax.devices()[0]
+        if getattr(card, "compute_capability", None) != "9.0":
             raise NotImplementedError(
-                f'"mosaic_gpu" needs an NVIDIA Hopper GPU, and JAX runs on {jax.default_backend()}:'
-                ' use implementation="xla".'
+                f'"mosaic_gpu" needs an NVIDIA Hopper GPU, and JAX runs on {card.device_kind}: '
+                'use implementation="xla".'
             )
         from pallas_kernels.page_copy import kernel_sm90
 

@@ -58,7 +58,7 @@ def pieces_of(pages) -> Pieces:
     """How the pages of an array of this shape are cut.
 
     Raises:
-      NotImplementedError: a page is no multiple of 16 bytes, or its dtype is no multiple of a byte.
+      NotImplementedError: a page is no multiple of 16 bytes.
     """
     elements, itemsize = pages.size // pages.shape[0], jnp.dtype(pages.dtype).itemsize
     if elements * itemsize % 16:

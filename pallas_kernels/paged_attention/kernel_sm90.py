@@ -4,7 +4,7 @@ One thread block for each (tile of queries, KV head, split). Its producer warpgr
 table and copies KV, page by page, into a ring in shared memory; its consumer multiplies. A tile
 holds queries of one row, one for decode, with all query heads of the KV head, so that a KV byte
 leaves device memory once for all of them. Softmax runs in float32 and base 2. Splits are cut at
-fixed positions, so that a row's bits depend on that row alone; `combine` folds them in order.
+fixed positions and folded in order: see `split_kv`.
 """
 
 import functools
