@@ -38,12 +38,14 @@ class Case(NamedTuple):
     arguments: dict[str, Any]  # shapes by name
     stages: int
     thread_blocks: int
+    threads: int  # of a thread block
     least_bytes: int  # that any algorithm must move
 
 
 def attention_case(module, shape) -> Case:
     """One call of `paged_attention`."""
-    arguments, tile = shape.arguments(), module.DEFAULT_TILE
+    arguments = shape.arguments()
+    tile = module.tile_of(arguments["q"], arguments["k_pages"])
     call = partial(
         module.attend, sm_scale=shape.head_dim**-0.5, soft_cap=None, window=None, tile=tile
     )
@@ -51,7 +53,14 @@ def attention_case(module, shape) -> Case:
         call = partial(call, cu_q_lens=None)
     arrays = (arguments[name] for name in ("q", "k_pages", "page_indices"))
     geometry = module.check(*arrays, is_ragged=shape.is_ragged, tile=tile)
-    return Case(call, arguments, tile.stages, geometry.num_thread_blocks, shape.least_bytes())
+    return Case(
+        call,
+        arguments,
+        stages=tile.stages,
+        thread_blocks=geometry.num_thread_blocks,
+        threads=module.threads_of(geometry),
+        least_bytes=shape.least_bytes(),
+    )
 
 
 def copy_case(module, shape) -> Case:
@@ -67,6 +76,7 @@ def copy_case(module, shape) -> Case:
         {"pages": pages, "sources": index, "targets": index},
         stages=1,
         thread_blocks=shape.num_rows * module.pieces_of(pages).count,
+        threads=module.THREADS,
         least_bytes=2 * shape.num_rows * page_bytes,
     )
 
@@ -145,7 +155,7 @@ def inspect_case(kernel: str, shape, target: str) -> dict:
     except Exception as error:  # a compiler's errors are of many classes
         return row | {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     limits = targets.limits(target)
-    at_once = limits.blocks_at_once(report.smem_bytes, report.registers, module.THREADS)
+    at_once = limits.blocks_at_once(report.smem_bytes, report.registers, case.threads)
     waves = round(case.thread_blocks / (at_once * limits.num_processors), 2) if at_once else None
     return row | {
         **report._asdict(),
@@ -154,7 +164,7 @@ def inspect_case(kernel: str, shape, target: str) -> dict:
         "thread_blocks": case.thread_blocks,
         "blocks_per_processor": at_once,
         "waves": waves,
-        "occupancy": at_once * module.THREADS / limits.threads,
+        "occupancy": at_once * case.threads / limits.threads,
         "failed": _missed_gate(report, at_once, KERNELS[kernel].instructions),
     }
 

@@ -139,12 +139,12 @@ def oracle(problem: Problem, *, sm_scale=None, soft_cap=None, sliding_window=Non
     return out, top, total
 
 
-def assert_close(got, want, problem: Problem):
+def assert_close(got, want, problem: Problem, *, rounding=None):
     """Each token's and head's largest error, relative to its own largest value, is a few roundings.
 
     Errors grow as the square root of the number of summed terms, and the mean of n random values
     shrinks as 1 / sqrt(n): so the bound is some float32 roundings times the token's length, and one
-    of the output's own.
+    of the output's own, or `rounding` where something coarser is rounded on the way.
     """
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape
@@ -152,7 +152,7 @@ def assert_close(got, want, problem: Problem):
     error = np.abs(got - want).max(axis=-1)
     size = np.abs(want).max(axis=-1)
     terms = problem.token_lengths()[:, None] + problem.q.shape[-1]
-    rounding = jnp.finfo(problem.q.dtype).eps
+    rounding = jnp.finfo(problem.q.dtype).eps if rounding is None else rounding
     bound = size * (rounding + 2 * jnp.finfo(jnp.float32).eps * terms)
     worst = np.unravel_index(np.argmax(error - bound), error.shape)
     assert (error <= bound).all(), f"token, head {worst}: {error[worst]} > {bound[worst]}"

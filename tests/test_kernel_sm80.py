@@ -83,6 +83,7 @@ def test_options(options):
         ({"group": 1, "head_dim": 128, "dtype": jnp.float16}, TILE),
         ({"page_size": 8}, TILE),
         ({"head_dim": 96}, TILE),
+        ({"head_dim": 80, "page_size": 32}, TILE),
         ({"page_size": 128}, TILE),
         ({"page_size": 256}, TILE),
         ({"page_size": 64}, Tile(block_tokens=128, stages=3, split_tokens=256)),
@@ -109,16 +110,6 @@ def test_pages_that_the_window_hides_are_not_read(q_lens):
         dataclasses.replace(problem, k_pages=k_pages, v_pages=v_pages, page_indices=table),
         sliding_window=window,
     )
-
-
-def test_scales_are_refused_with_the_way_out():
-    problem = problem_of((5,))
-    args = (problem.q, problem.k_pages, problem.v_pages, problem.lengths, problem.page_indices)
-    scales = jnp.ones(problem.k_pages.shape[:2], jnp.float32)
-    with pytest.raises(NotImplementedError, match=r'k_scales .* use implementation="xla"'):
-        kernel_sm80.attend(
-            *args, None, k_scales=scales, v_scales=scales, sm_scale=1.0, soft_cap=None, window=None
-        )
 
 
 def test_a_rows_bits_do_not_depend_on_the_others_or_on_their_order():
@@ -149,7 +140,8 @@ def test_values_come_from_the_pages_of_values():
         ({"dtype": jnp.float32}, "q.dtype"),
         ({"page_size": 12}, "page_size=12"),
         ({"page_size": 48}, "page_size=48"),
-        ({"head_dim": 80}, "head_dim=80"),
+        ({"head_dim": 72}, "head_dim=72"),
+        ({"page_size": 16, "head_dim": 80}, "page_size=16 is too small"),
         ({"page_size": 8, "head_dim": 96}, "page_size=8 is too small"),
         ({"head_dim": 256}, "head_dim=256"),
         ({"group": 65}, "64 query heads"),

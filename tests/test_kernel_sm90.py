@@ -78,6 +78,7 @@ def test_options(options):
         ({"group": 1, "head_dim": 128, "dtype": jnp.float16}, TILE),
         ({"page_size": 8, "head_dim": 80}, TILE),
         ({"head_dim": 96}, TILE),
+        ({"head_dim": 256, "group": 9}, TILE),
         ({"page_size": 128}, TILE),
         ({"page_size": 64}, Tile(block_tokens=128, stages=3, split_tokens=256)),
     ],
@@ -116,7 +117,7 @@ def test_values_come_from_the_pages_of_values():
         ({"page_size": 12}, "page_size=12"),
         ({"page_size": 48}, "page_size=48"),
         ({"head_dim": 72}, "head_dim=72"),
-        ({"head_dim": 256}, "head_dim=256"),
+        ({"head_dim": 512}, "head_dim=512"),
         ({"group": 65}, "64 query heads"),
     ],
     ids=str,
@@ -171,6 +172,7 @@ def test_options_of_ragged_steps(options):
         {"num_kv_heads": 2, "group": 3, "page_size": 8},
         {"group": 24},  # two queries a tile, of 48 lines
         {"group": 40, "head_dim": 128},  # one query a tile
+        {"head_dim": 256},  # two consumers
         {"group": 1, "dtype": jnp.float16, "page_size": 128},
     ],
     ids=str,

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 
 Q_LINES = 64  # the height of a wgmma tile; lines beyond those used compute what nobody reads
 SM90_SMEM_BYTES = 226 * 1024  # of the 227 KiB that a thread block can have; 1 for barriers
-SM90_HEAD_DIMS = (64, 80, 96, 128)  # of 256, registers and shared memory do not suffice
+WIDEST = 128  # columns of values that one warpgroup weighs
+SM90_HEAD_DIMS = (64, 80, 96, 128, 256)
+QUANTISED = ("int8", "float8_e4m3fn")  # dtypes of pages that come with scales
 OTHER = 'use implementation="xla"'
 
 
@@ -17,12 +19,15 @@ class Tile(NamedTuple):
     stages: int = 4
     split_tokens: int = 1024  # KV tokens of one split, a multiple of `block_tokens`
 
-    def smem_bytes(self, head_dim: int, itemsize: int = 2) -> int:
-        """Shared memory of a thread block, barriers and rounding aside."""
-        q, p = Q_LINES * head_dim * itemsize, Q_LINES * self.block_tokens * itemsize
-        ring = 2 * self.stages * self.block_tokens * head_dim * itemsize
-        out = Q_LINES * (head_dim + 2) * 4
-        return q + p + ring + out
+    def sm90_bytes(self, head_dim: int, page_itemsize: int = 2) -> int:
+        """Shared memory of a thread block on Hopper, barriers and rounding aside."""
+        block = 2 * self.block_tokens * head_dim  # keys and values
+        q = 2 * Q_LINES * head_dim
+        p = 2 * Q_LINES * self.block_tokens * max(1, head_dim // WIDEST)
+        ring = self.stages * block * page_itemsize
+        wide = 2 * block if page_itemsize == 1 else 0
+        out = 4 * Q_LINES * (min(head_dim, WIDEST) + 2)
+        return q + p + ring + wide + out
 
 
 class Geometry(NamedTuple):
@@ -42,6 +47,12 @@ class Geometry(NamedTuple):
     def tile_lines(self) -> int:
         """Lines of the product that hold a query head."""
         return self.tile_queries * self.group_rows
+
+    @property
+    def grain(self) -> int:
+        """Tokens to a scale of quantised pages, as the kernel reads them: a block has 4 or more,
+        which is the least that a TMA copy moves."""
+        return min(self.page_size, 16)
 
     @property
     def table_tokens(self) -> int:
@@ -75,15 +86,26 @@ def geometry_of(q, k_pages, page_indices, *, is_ragged: bool, tile: Tile) -> Geo
     )
 
 
+def sm90_tile(head_dim: int, page_itemsize: int) -> Tile:
+    """As many stages as shared memory holds, up to 4, on Hopper."""
+    fitting = (
+        tile
+        for tile in (Tile(stages=stages) for stages in (4, 3, 2))
+        if tile.sm90_bytes(head_dim, page_itemsize) <= SM90_SMEM_BYTES
+    )
+    return next(fitting, Tile())
+
+
 def check_sm90(q, k_pages, tile: Tile) -> None:
     """Raises NotImplementedError, with the way out, for what the Hopper kernel does not do.
 
     A `tile` that cannot be launched is a ValueError.
     """
     page_size, head_dim = k_pages.shape[2:]
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or q.dtype != k_pages.dtype:
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or k_pages.dtype not in (q.dtype, *QUANTISED):
         raise NotImplementedError(
-            f"{q.dtype=!s} and {k_pages.dtype=!s} must both be bfloat16 or both float16: {OTHER}."
+            f"{q.dtype=!s} and {k_pages.dtype=!s} must both be bfloat16 or both float16, or the "
+            f"pages one of {QUANTISED}: {OTHER}."
         )
     if page_size % 8 or max(page_size, tile.block_tokens) % min(page_size, tile.block_tokens):
         raise NotImplementedError(
@@ -98,7 +120,7 @@ def check_sm90(q, k_pages, tile: Tile) -> None:
         raise ValueError(
             f"{tile}: block_tokens must be a multiple of 64 and split_tokens one of block_tokens."
         )
-    if (needed := tile.smem_bytes(head_dim)) > SM90_SMEM_BYTES:
+    if (needed := tile.sm90_bytes(head_dim, k_pages.dtype.itemsize)) > SM90_SMEM_BYTES:
         raise ValueError(
             f"{tile} needs {needed} bytes of shared memory for {head_dim=}, more than "
             f"{SM90_SMEM_BYTES}: take fewer stages or smaller blocks."

@@ -16,10 +16,11 @@ folded in order: see `split_kv`.
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -28,13 +29,18 @@ from pallas_kernels.paged_attention import split_kv
 from pallas_kernels.paged_attention.config import OTHER, Q_LINES, Geometry, Tile, geometry_of
 from pallas_kernels.paged_attention.split_kv import LOG2E, Work
 
-THREADS = 128  # of a thread block: one warpgroup
-HEAD_DIMS = (64, 96, 128)
-LINES = 16  # the height of an mma tile
+HEAD_DIMS = (64, 80, 96, 128)
+LINES = 16  # the height of an mma tile; head dims of no whole 32 columns need two for four warps
 DEPTH = 16  # what one mma sums over, of 16-bit numbers
 SMEM_BYTES = 163 * 1024  # what a thread block of an A100 can have
+COUNTER = 1.5 * 2**23  # a float32 whose last bit is 1, with room on both sides
 REDUCTION_BYTES = 2048  # of it, what Mosaic takes for reductions across warps
-DEFAULT_TILE = Tile(block_tokens=64, stages=2, split_tokens=1024)
+
+
+def threads_of(geometry: Geometry) -> int:
+    """Threads of a thread block: one warpgroup."""
+    del geometry
+    return 128
 
 
 class Machine(NamedTuple):
@@ -57,23 +63,50 @@ INTERPRETED = Machine(
 )
 
 
+class Ring(NamedTuple):
+    """Keys or values on their way: references into shared memory."""
+
+    pages: Any  # [stages, tokens, D], as in device memory
+    wide: Any = None  # [tokens, D], where a stage of quantised pages is widened
+
+    def block(self, stage, geometry: Geometry):
+        """The tokens of a stage as 16-bit numbers."""
+        block = self.pages.at[stage]
+        if self.wide is None:
+            return block
+        num_tokens, dim = block.shape
+        step = _swizzle(min(geometry.page_size, num_tokens), dim, itemsize=1)
+        for first in range(0, dim, step):  # more at a time would take too many registers
+            part = pl.ds(first, step)
+            self.wide[:, part] = _float_of(block[:, part]).astype(self.wide.dtype)
+        return self.wide
+
+
 def attend(
     q, k_pages, v_pages, lengths, page_indices, cu_q_lens, *, k_scales=None, v_scales=None,
-    sm_scale, soft_cap, window, tile: Tile = DEFAULT_TILE, interpret=None,
+    sm_scale, soft_cap, window, tile: Tile | None = None, interpret=None,
 ):  # fmt: skip
     """The contract of `reference.attend`; `cu_q_lens` None means one query for each row.
 
-    q [T, H, D] and pages [P, K, S, D] are bfloat16 or float16, alike, and without scales. Raises as
-    `check` does.
+    q [T, H, D] is bfloat16 or float16, pages [P, K, S, D] alike or int8. Raises as `check` does.
     """
-    if k_scales is not None or v_scales is not None:
-        raise NotImplementedError(f"k_scales and v_scales must be None: {OTHER}.")
+    tile = tile_of(q, k_pages) if tile is None else tile
     geometry = check(q, k_pages, page_indices, is_ragged=cu_q_lens is not None, tile=tile)
-    launch = _launcher(geometry, tile, q.dtype, sm_scale, soft_cap, window, interpret)
-    return split_kv.attend(launch, geometry, q, k_pages, v_pages, lengths, page_indices, cu_q_lens)
+    types = q.dtype, k_pages.dtype
+    launch = _launcher(geometry, tile, types, sm_scale, soft_cap, window, interpret)
+    keys, values = (k_pages, k_scales), (v_pages, v_scales)
+    return split_kv.attend(
+        launch, geometry, tile, q, keys, values, lengths, page_indices, cu_q_lens
+    )
 
 
-def check(q, k_pages, page_indices, *, is_ragged: bool, tile: Tile = DEFAULT_TILE) -> Geometry:
+def tile_of(q, k_pages) -> Tile:
+    """The tile that a call with arrays of these shapes takes unless it names one."""
+    del q, k_pages  # the smallest ring: two thread blocks share a processor's memory
+    return Tile(stages=2)
+
+
+def check(q, k_pages, page_indices, *, is_ragged: bool, tile: Tile | None = None) -> Geometry:
     """The geometry of a call with arrays of these shapes: tiles of 16, 32, 48 or 64 lines.
 
     Raises:
@@ -81,25 +114,28 @@ def check(q, k_pages, page_indices, *, is_ragged: bool, tile: Tile = DEFAULT_TIL
         kernel does not do; the message names the way out.
       ValueError: `tile` cannot be launched.
     """
+    tile = tile_of(q, k_pages) if tile is None else tile
     if not hasattr(plgpu, "store"):
         raise NotImplementedError(f"jax {jax.__version__} lacks plgpu.store, as of 0.12: {OTHER}.")
     head_dim = q.shape[2]
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or q.dtype != k_pages.dtype:
-        raise NotImplementedError(
-            f"{q.dtype=!s} and {k_pages.dtype=!s} must both be bfloat16 or both float16: {OTHER}."
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or k_pages.dtype not in (q.dtype, jnp.int8):
+        raise NotImplementedError(  # Ampere has no instruction that reads 8-bit floats
+            f"{q.dtype=!s} and {k_pages.dtype=!s} must both be bfloat16 or both float16, or the "
+            f"pages int8: {OTHER}."
         )
     if head_dim not in HEAD_DIMS:
         raise NotImplementedError(f"{head_dim=} must be one of {HEAD_DIMS}: {OTHER}.")
     if q.shape[1] // k_pages.shape[1] > Q_LINES:
         raise NotImplementedError(f"More than {Q_LINES} query heads share a KV head: {OTHER}.")
     geometry = geometry_of(q, k_pages, page_indices, is_ragged=is_ragged, tile=tile)
-    if geometry.tile_queries == 1:  # more fill 16, 32, 48 or 64 lines as they are
-        geometry = geometry._replace(group_rows=pl.cdiv(geometry.group_rows, LINES) * LINES)
-    _check_tile(geometry, tile)
+    lines = LINES if head_dim % 32 == 0 else 2 * LINES
+    if geometry.tile_lines % lines:
+        geometry = geometry._replace(group_rows=pl.cdiv(geometry.group_rows, lines) * lines)
+    _check_tile(geometry, tile, k_pages.dtype.itemsize)
     return geometry
 
 
-def _check_tile(geometry: Geometry, tile: Tile) -> None:
+def _check_tile(geometry: Geometry, tile: Tile, itemsize: int) -> None:
     """Raises ValueError for a `tile` that cannot be launched, NotImplementedError for a page."""
     page_size, block, dim = geometry.page_size, tile.block_tokens, geometry.head_dim
     if block % 64 or tile.split_tokens % block or tile.stages < 2:
@@ -107,7 +143,9 @@ def _check_tile(geometry: Geometry, tile: Tile) -> None:
             f"{tile}: block_tokens must be a multiple of 64, split_tokens one of block_tokens, and "
             "stages at least 2."
         )
-    needed = 2 * (2 * tile.stages * block * dim + geometry.tile_lines * block) + REDUCTION_BYTES
+    kv = 2 * tile.stages * block * dim * itemsize
+    wide = 0 if itemsize == 2 else 2 * block * dim
+    needed = kv + wide + 2 * geometry.tile_lines * block + REDUCTION_BYTES
     if needed > SMEM_BYTES:
         raise ValueError(
             f"{tile} needs {needed} bytes of shared memory for head_dim={dim}, more than "
@@ -118,37 +156,49 @@ def _check_tile(geometry: Geometry, tile: Tile) -> None:
             f"{page_size=} must be a multiple of 8 that divides {block} or is a multiple of it: "
             f"{OTHER}."
         )
-    if _swizzle(page_size, dim) is None:
-        raise NotImplementedError(f"{page_size=} is too small for head_dim={dim}: {OTHER}.")
+    _swizzle(min(page_size, block), dim, itemsize)
 
 
-def _swizzle(rows: int, dim: int) -> int | None:
-    """The bytes of a swizzled line for copies of [rows, dim], the widest first; None for none.
+def _swizzle(rows: int, dim: int, itemsize: int) -> int:
+    """The bytes of a swizzled line for copies of [rows, dim], the widest that there is.
 
     A copy moves shared-memory tiles of 8 such lines, and its four warps share them out evenly.
     """
-    for swizzle in (128, 64, 32):
-        columns, rest = divmod(2 * dim, swizzle)
+    for swizzle in (128, 64, 32)[2 - itemsize :]:
+        columns, rest = divmod(dim * itemsize, swizzle)
         if rest == 0 and columns % (4 // math.gcd(rows // 8, 4)) == 0:
             return swizzle
-    return None
+    raise NotImplementedError(
+        f"page_size={rows} is too small for head_dim={dim} and {8 * itemsize} bits: {OTHER}."
+    )
 
 
-def _transforms(swizzle: int):
-    """A shared-memory layout without bank conflicts, for 16-bit numbers."""
+def _transforms(swizzle: int, itemsize: int = 2):
+    """A shared-memory layout without bank conflicts."""
     # Complete classes, but an optional method of their base is abstract to pyright.
-    tiling = plgpu.TilingTransform((8, swizzle // 2))  # pyright: ignore[reportAbstractUsage]
+    tiling = plgpu.TilingTransform((8, swizzle // itemsize))  # pyright: ignore[reportAbstractUsage]
     return tiling, plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
 
 
 @functools.cache
-def _launcher(geometry: Geometry, tile: Tile, dtype, sm_scale, soft_cap, window, interpret):
-    """The kernel for one geometry, a launch for `split_kv.attend`."""
+def _launcher(geometry: Geometry, tile: Tile, types, sm_scale, soft_cap, window, interpret):
+    """The kernel for one geometry and the dtypes of q and pages, a launch for `split_kv.attend`."""
+    q_type, pages_type = types
+    is_quantised = q_type != pages_type
+    # Probabilities times scales can be smaller than float16 goes, and 8-bit values are exact here.
+    value_type = jnp.dtype(jnp.bfloat16) if is_quantised else q_type
     heads, dim, block = geometry.num_kv_heads, geometry.head_dim, tile.block_tokens
     partials = (geometry.num_tiles, heads, geometry.num_splits, geometry.tile_lines)
-    swizzle = _swizzle(min(geometry.page_size, block), dim)
-    assert swizzle is not None
-    ring = plgpu.SMEM((tile.stages, block, dim), dtype, transforms=_transforms(swizzle))
+    rows = min(geometry.page_size, block)
+
+    def smem(shape, dtype):
+        swizzle = _swizzle(rows, dim, dtype.itemsize)
+        return plgpu.SMEM(shape, dtype, transforms=_transforms(swizzle, dtype.itemsize))
+
+    def ring(wide_type):
+        wide = smem((block, dim), wide_type) if is_quantised else None
+        return Ring(smem((tile.stages, block, dim), pages_type), wide)
+
     return plgpu.kernel(
         functools.partial(
             _kernel, geometry=geometry, tile=tile, sm_scale=sm_scale, soft_cap=soft_cap,
@@ -160,11 +210,11 @@ def _launcher(geometry: Geometry, tile: Tile, dtype, sm_scale, soft_cap, window,
             jax.ShapeDtypeStruct(partials, jnp.float32),
         ),
         scratch_types=dict(
-            k_smem=ring,
-            v_smem=ring,
+            keys=ring(q_type),
+            values=ring(value_type),
             # In lines of one mma's depth, for that is how they are read.
             p_smem=plgpu.SMEM(
-                (geometry.tile_lines, block), dtype, transforms=_transforms(2 * DEPTH)
+                (geometry.tile_lines, block), value_type, transforms=_transforms(2 * DEPTH)
             ),
         ),
         # The barriers that Mosaic puts around copies and stores stay: sm_80 has no `commit_smem`.
@@ -179,7 +229,7 @@ def _launcher(geometry: Geometry, tile: Tile, dtype, sm_scale, soft_cap, window,
 
 def _kernel(
     q_ref, k_ref, v_ref, place_ref, table_ref, out_ref, top_ref, total_ref, *,
-    k_smem, v_smem, p_smem, geometry: Geometry, tile: Tile, sm_scale, soft_cap, window,
+    keys: Ring, values: Ring, p_smem, geometry: Geometry, tile: Tile, sm_scale, soft_cap, window,
     machine: Machine,
 ):  # fmt: skip
     q_tile, head, split = (lax.axis_index(name) for name in ("tile", "head", "split"))
@@ -190,7 +240,7 @@ def _kernel(
         stage = lax.rem(step, tile.stages)
         _copy_block(
             (work.first_block + step) * tile.block_tokens, work, head,
-            ((k_ref, k_smem.at[stage]), (v_ref, v_smem.at[stage])),
+            ((k_ref.pages, keys.pages.at[stage]), (v_ref.pages, values.pages.at[stage])),
             table_ref=table_ref, geometry=geometry, tile=tile, machine=machine,
         )  # fmt: skip
 
@@ -198,6 +248,9 @@ def _kernel(
         pl.when(step < work.num_blocks)(functools.partial(copy, jnp.int32(step)))
 
     q = plgpu.load(q_ref.at[q_tile, head], optimized=False)
+
+    lines = functools.partial(lax.iota, jnp.int32, geometry.tile_lines)
+    first_key, end_key = split_kv.seen_keys(lines, work, window, geometry)
 
     def fold(step, carry, is_last: bool):
         acc, top, total = carry
@@ -209,10 +262,13 @@ def _kernel(
         machine.wait(0 if is_last else (ahead - 1) * _copies(geometry, tile))
         if not is_last:
             copy(step + ahead)
-        s = _scores(q, k_smem.at[stage], tile.block_tokens, machine)
-        s = _cap(s, sm_scale, soft_cap)
-        seen = _seen(s.shape, block_start, work, window, geometry)
-        s = jnp.where(seen, s, -jnp.inf)
+        k_scales, v_scales = (
+            _scales(ref.scales, work.row, head, block_start, geometry, tile)
+            for ref in (k_ref, v_ref)
+        )
+        s = _scores(q, keys.block(stage, geometry), tile.block_tokens, machine)
+        s = _cap(_scaled(s, k_scales), sm_scale, soft_cap)
+        s = _mask(s, block_start, first_key, end_key)
         new_top = jnp.maximum(top, s.max(axis=1))
         # A query that sees none of the blocks so far has no largest score yet.
         base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
@@ -221,7 +277,8 @@ def _kernel(
         total = total * decay + p.sum(axis=1)
         acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
         live = (work.start - block_start, work.end - block_start)
-        acc = _weigh(acc, p, live, p_smem, v_smem.at[stage], machine)
+        p_smem[...] = _scaled(p, v_scales).astype(p_smem.dtype)  # a warp needs those of all tokens
+        acc = _weigh(acc, p_smem, values.block(stage, geometry), live, machine)
         return acc, new_top, total
 
     lines = geometry.tile_lines
@@ -257,17 +314,24 @@ def _copy_block(token, work: Work, head, targets, *, table_ref, geometry, tile, 
         token += rows
 
 
-def _seen(shape, block_start, work: Work, window, geometry: Geometry):
-    """Which keys of the block at `block_start` each line's query sees of this split."""
-    key = block_start + lax.broadcasted_iota(jnp.int32, shape, 1)
-    seen = (key >= work.start) & (key < work.end)
-    if geometry.tile_queries > 1:
-        line = lax.broadcasted_iota(jnp.int32, shape, 0)
-        query = work.position + lax.div(line, jnp.int32(geometry.group_rows))
-        seen &= key <= query
-        if window is not None:
-            seen &= key > query - window
-    return seen
+def _float_of(x):
+    """int8 as float32, by way of a number whose last bits count ones.
+
+    Mosaic's own conversion, to bfloat16, needs sm_90.
+    """
+    bits = x.astype(jnp.int32) + np.float32(COUNTER).view(np.int32)
+    return lax.bitcast_convert_type(bits, jnp.float32) - COUNTER
+
+
+def _mask(s, block_start, first, end):
+    """Scores of the block at `block_start`, -inf where a line's query does not look."""
+    key = lax.broadcasted_iota(jnp.int32, s.shape, 1)
+
+    def of_line(bound):
+        bound -= block_start
+        return bound if bound.ndim == 0 else lax.broadcast_in_dim(bound, s.shape, [0])
+
+    return jnp.where((key >= of_line(first)) & (key < of_line(end)), s, -jnp.inf)
 
 
 def _cap(products, sm_scale, soft_cap):
@@ -285,19 +349,36 @@ def _scores(q, k_smem, block_tokens: int, machine: Machine):
     return machine.product(s, q, k_smem.transpose((1, 0))[...])
 
 
-def _weigh(acc, p, live, p_smem, v_smem, machine: Machine):
+def _weigh(acc, p_smem, v_smem, live, machine: Machine):
     """acc + probabilities [lines, tokens] times values, of which only [live[0], live[1]) live."""
     first, end = live
+    num_tokens = v_smem.shape[0]
 
-    @pl.when((first > 0) | (end < p.shape[1]))
+    @pl.when((first > 0) | (end < num_tokens))
     def _():  # 0 * NaN is NaN: what lies in dead slots and unseen pages must not be read
         values = v_smem[...]
         token = lax.broadcasted_iota(jnp.int32, values.shape, 0)
         seen = (token >= first) & (token < end)
         v_smem[...] = jnp.where(seen, values, jnp.zeros_like(values))
 
-    p_smem[...] = p.astype(p_smem.dtype)  # a warp needs the probabilities of all tokens
-    for token in range(0, p.shape[1], DEPTH):  # a few values at a time, for want of registers
+    for token in range(0, num_tokens, DEPTH):  # a few values at a time, for want of registers
         ours = pl.ds(token, DEPTH)
         acc = machine.product(acc, p_smem[:, ours], v_smem[ours])
     return acc
+
+
+def _scales(scales_ref, row, head, block_start, geometry: Geometry, tile: Tile):
+    """The scale of each token of a block, f32[tokens]; None for pages without."""
+    if scales_ref is None:
+        return None
+    grain = lax.iota(jnp.int32, tile.block_tokens) // geometry.grain
+    found = jnp.zeros((tile.block_tokens,), jnp.float32)
+    for i in range(tile.block_tokens // geometry.grain):
+        scale = scales_ref[row, head, lax.div(block_start, geometry.grain) + i]
+        found = jnp.where(grain == i, scale, found)
+    return found
+
+
+def _scaled(block, scales):
+    """A [lines, tokens] block, each column times its token's scale."""
+    return block if scales is None else block * lax.broadcast_in_dim(scales, block.shape, [1])

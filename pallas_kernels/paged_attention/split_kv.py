@@ -7,7 +7,7 @@ bits depend on that row alone; `combine` folds them in order.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +20,24 @@ from pallas_kernels.paged_attention.config import Geometry, Tile
 LOG2E = math.log2(math.e)
 
 
+class Pages(NamedTuple):
+    """Keys or values, in device memory, as a launch takes them."""
+
+    pages: Any  # [P, K, S, D]
+    scales: Any  # f32[B, K, C], row b's: one for each `grain` tokens; None for unquantised pages
+
+
 def attend(
-    launch: Callable, geometry: Geometry, q, k_pages, v_pages, lengths, page_indices, cu_q_lens
-):
+    launch: Callable, geometry: Geometry, tile: Tile, q, keys, values, lengths, page_indices,
+    cu_q_lens,
+):  # fmt: skip
     """Packs queries, launches, folds: the result of `reference.attend`.
 
-    `launch` takes (q, k_pages, v_pages, place, page_indices) and returns partials: out
-    [n, K, N, lines, D], largest scores and sums [n, K, N, lines]. `place` is i32[3, n]: the row of
-    each tile, the position of its first query, its queries. Lines without a query hold anything.
+    `keys` and `values` are pairs of pages [P, K, S, D] and their scales f32[P, K] or None.
+    `launch` takes (q, keys, values, place, page_indices), keys and values as `Pages`, and returns
+    partials: out [n, K, N, lines, D], largest scores and sums [n, K, N, lines]. `place` is
+    i32[3, n]: the row of each tile, the position of its first query, its queries. Lines without a
+    query hold anything.
     """
     num_tokens, num_heads, head_dim = q.shape
     group = num_heads // geometry.num_kv_heads
@@ -39,7 +49,11 @@ def attend(
         )
     packed = query_tiles.pack(q, tiles, geometry.num_kv_heads, geometry.group_rows)
     place = jnp.stack([tiles.rows, tiles.positions, tiles.counts])
-    out, top, total = launch(packed, k_pages, v_pages, place, page_indices)
+    keys, values = (
+        Pages(pages, _scales_of_rows(scales, lengths, page_indices, geometry, tile))
+        for pages, scales in (keys, values)
+    )
+    out, top, total = launch(packed, keys, values, place, page_indices)
     out, top, total = combine(
         query_tiles.unpack(out, tiles, group, 0.0),
         query_tiles.unpack(top, tiles, group, -jnp.inf),
@@ -50,6 +64,22 @@ def attend(
         top.reshape(num_tokens, num_heads),
         total.reshape(num_tokens, num_heads),
     )
+
+
+def _scales_of_rows(scales, lengths, page_indices, geometry: Geometry, tile: Tile):
+    """f32[P, K] -> f32[B, K, C]: what a block of a row takes stands together, and is finite.
+
+    Tokens of no live page, and of pages whose scales nobody has set, have the scale 0.
+    """
+    if scales is None:
+        return None
+    slot = jnp.arange(geometry.table_pages, dtype=jnp.int32)[None]
+    live = slot * geometry.page_size < lengths[:, None]
+    found = scales[jnp.clip(page_indices, 0, geometry.num_pages - 1)]  # [B, M, K]
+    found = jnp.where(live[..., None] & jnp.isfinite(found), found, 0.0)
+    found = jnp.repeat(found.transpose(0, 2, 1), geometry.page_size // geometry.grain, axis=2)
+    grains = tile.block_tokens // geometry.grain
+    return jnp.pad(found, ((0, 0), (0, 0), (0, -found.shape[2] % grains)))
 
 
 def combine(out, top, total):
@@ -90,3 +120,16 @@ def work_of(q_tile, split, place_ref, window: int | None, geometry: Geometry, ti
     first_block = lax.div(start, tile.block_tokens)
     num_blocks = jnp.where(start < end, pl.cdiv(end, tile.block_tokens) - first_block, 0)
     return Work(row, position, count, first, last, start, end, first_block, num_blocks)
+
+
+def seen_keys(lines: Callable, work: Work, window: int | None, geometry: Geometry):
+    """The first key that the query of each line sees of this split, and one beyond its last.
+
+    `lines` makes i32[lines], each line's number; where a tile holds one query, all see the same,
+    and the keys are scalars.
+    """
+    if geometry.tile_queries == 1:
+        return work.start, work.end
+    query = work.position + lax.div(lines(), jnp.int32(geometry.group_rows))
+    first = work.start if window is None else jnp.maximum(work.start, query + 1 - window)
+    return first, jnp.minimum(work.end, query + 1)
