@@ -6,7 +6,7 @@ Compiles each kernel at each named shape and prints one JSON line a case. Needs 
 plugin and its assembler come with the extra `inspect`. About 3 seconds a case. A case that does
 not compile or misses a gate (spilled bytes, local memory, shared memory, a kernel for Hopper
 without wgmma or TMA, one for Ampere without mma or cp.async) is a line with the reason in
-`failed`, and the exit status is then 1.
+`failed`, and the exit status is then 1. What a kernel says that it does not do is in `refused`.
 """
 
 import importlib
@@ -147,11 +147,13 @@ def inspect_case(kernel: str, shape, target: str) -> dict:
     """Compiles one case; what goes wrong there is a value of the row."""
     from pallas_kernels.common import compile_only, targets
 
-    row = {"kernel": kernel, "shape": shape.name, "target": target, "failed": None}
+    row = {"kernel": kernel, "shape": shape.name, "target": target, "refused": None, "failed": None}
     module = importlib.import_module(KERNELS[kernel].module)
     try:
         case = KERNELS[kernel].case(module, shape)
         report = compile_only.compile_kernel(case.call, case.arguments, targets.device(target))
+    except NotImplementedError as error:
+        return row | {"refused": str(error)}
     except Exception as error:  # a compiler's errors are of many classes
         return row | {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     limits = targets.limits(target)

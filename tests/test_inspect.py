@@ -11,24 +11,30 @@ import sys
 from pathlib import Path
 
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common.compile_only import sass_operations
 from pallas_kernels.common.targets import Limits
 from pallas_kernels.inspect import KERNELS
+from pallas_kernels.paged_attention import kernel_sm80, kernel_sm90
 from pallas_kernels.paged_attention.shapes import SHAPES
 
 ROOT = Path(__file__).parents[1]
-# Decode and a mixed step, head dims 64 and 128, pages within a block and larger than one.
+# Decode and mixed steps, head dims, dtypes of KV, pages within a block and larger than one.
 SUBSET = {
     "paged_attention_sm80": (
         "llama3.1-70b-decode-b32-c2048-p16",
         "smollm2-135m-mixed256-b32-c512-p16",
+        "llama3.1-8b-mixed512-b64-c2048-p16-int8",
     ),
     "paged_attention_sm90": (
         "llama3.1-70b-decode-b32-c2048-p16",
         "llama3.1-70b-decode-b32-c2048-p128",
         "llama3.1-70b-mixed512-b32-c4096-p16",
         "smollm2-135m-mixed256-b32-c512-p16",
+        "gemma3-12b-mixed512-b32-c4096-p16",
+        "llama3.1-8b-mixed512-b64-c2048-p16-int8",
+        "llama3.1-70b-decode-b64-c4096-p16-float8_e4m3fn",
     ),
     "page_copy_sm90": ("llama3.1-8b-decode-b32-c2048-p16",),
 }
@@ -50,7 +56,7 @@ def test_kernels_compile_without_spills_and_use_what_the_card_has(kernel):
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["shape"] for row in rows] == list(SUBSET[kernel])
     for row in rows:
-        assert row["failed"] is None
+        assert row["failed"] is None and row["refused"] is None
         assert row["spill_bytes"] == row["stack_bytes"] == row["local_memory"] == 0
         assert all(row[name] > 0 for name in KERNELS[kernel].instructions)
         assert row["blocks_per_processor"] >= 1
@@ -59,6 +65,20 @@ def test_kernels_compile_without_spills_and_use_what_the_card_has(kernel):
         is_copy = kernel.startswith("page_copy")
         least_bytes = 2 * shape.num_rows * page_bytes if is_copy else shape.least_bytes()
         assert row["least_bytes"] == least_bytes
+
+
+def test_only_what_ampere_lacks_is_refused():
+    refused = set()
+    for shape in SHAPES.values():
+        for module in (kernel_sm80, kernel_sm90):
+            arrays = (shape.arguments()[name] for name in ("q", "k_pages", "page_indices"))
+            try:
+                module.check(*arrays, is_ragged=shape.is_ragged)
+            except NotImplementedError:
+                refused.add((module, shape.head_dim, shape.pages))
+    if hasattr(plgpu, "store"):
+        lacking = [(256, "bfloat16"), (256, "int8"), (128, "float8_e4m3fn")]
+        assert refused == {(kernel_sm80, *which) for which in lacking}
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from pallas_kernels.paged_attention.shapes import SHAPES, Shape, choose_shapes
 
 ROOT = Path(__file__).parents[1]
 SKEWED = Shape("skewed", 6, 2, 64, 16, 4, 100, is_skewed=True)
+QUANTISED = Shape("quantised", 4, 2, 64, 16, 3, 70, pages="int8")
 RAGGED = Shape("ragged", 4, 2, 64, 16, 3, 70, prompt_tokens=20)
 SETTINGS = bench.Settings(repeats=2, calls=3, cache_bytes=1)
 COPY_BYTES_PER_S = 100.0
@@ -130,6 +131,17 @@ def test_the_error_is_relative_to_each_tokens_and_heads_largest_value():
     assert np.isnan(bench.largest_error(expected.at[0, 0, 0].set(jnp.nan), expected))
 
 
+def test_quantised_pages_are_read_with_their_scales():
+    assert error_of(run_xla, dict, QUANTISED) < bench.TOLERANCE
+    arrays = QUANTISED.make()
+    other = arrays | {"v_scales": arrays["k_scales"]}
+    error = bench.largest_error(run_xla(**other), bench.expected_out(arrays))
+    assert error > bench.TOLERANCE
+    for convert in (bench.as_contiguous, bench.as_cudnn, bench.as_jax_pallas):
+        with pytest.raises(NotImplementedError, match="scale"):
+            convert(arrays)
+
+
 # --- conversions for peers -----------------------------------------------------------------------
 
 
@@ -158,7 +170,12 @@ def test_cudnn_gets_its_layout_and_as_many_pages_as_its_table_has(monkeypatch):
     assert (out.shape, out.dtype) == (converted["q"].shape, jnp.bfloat16)
 
 
-@pytest.mark.parametrize("shape", [s for s in SHAPES.values() if not s.is_ragged], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    # Head dim 256 is for Hopper, and the check of it asks the card.
+    [s for s in SHAPES.values() if not (s.is_ragged or s.is_quantised) and s.head_dim <= 128],
+    ids=lambda shape: shape.name,
+)
 def test_cudnn_would_take_every_named_decode_shape(shape, monkeypatch):
     cudnn = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)

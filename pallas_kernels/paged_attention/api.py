@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.paged_attention import gpu, reference, xla
+from pallas_kernels.paged_attention.config import QUANTISED
 
 Implementation = Literal["reference", "xla", "mosaic_gpu"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 Shaped = jax.Array | jax.ShapeDtypeStruct
-QUANTISED = ("int8", "float8_e4m3fn")  # dtypes of pages that come with scales
 
 
 def resolve_implementation(

@@ -90,6 +90,8 @@ def cases(implementations: Sequence[str]) -> dict[str, Case]:
 
 def as_contiguous(arrays: Arrays) -> Arrays:
     """One page a row, as long as the longest row rounded up to whole blocks of the kernel."""
+    if "k_scales" in arrays:
+        raise NotImplementedError("one page a row would have one scale for all of its tokens")
     table = arrays["page_indices"]
     num_rows, pages_per_row = table.shape
 
@@ -162,6 +164,8 @@ def attend_flashinfer(**arguments):
 def _check_decode(arrays: Arrays) -> None:
     if "cu_q_lens" in arrays:
         raise NotImplementedError("takes one query a row, and this step is ragged")
+    if "k_scales" in arrays:
+        raise NotImplementedError("takes no scales of pages")
 
 
 PEERS = {
@@ -192,8 +196,9 @@ def expected_out(arrays: Arrays) -> jax.Array:
 
     attend = jax.jit(partial(paged_attention, implementation="reference"))
     q, pages = q.astype(jnp.float32), (arrays["k_pages"], arrays["v_pages"])  # q's dtype is out's
+    scales = {name: arrays.get(name) for name in ("k_scales", "v_scales")}
     parts = [slice(start, start + step) for start in range(0, q.shape[0], step)]
-    return jnp.concatenate([attend(q[p], *pages, lengths[p], table[p]) for p in parts])
+    return jnp.concatenate([attend(q[p], *pages, lengths[p], table[p], **scales) for p in parts])
 
 
 def largest_error(out: jax.Array, expected: jax.Array) -> float:

@@ -102,7 +102,10 @@ def check_sm90(q, k_pages, tile: Tile) -> None:
     A `tile` that cannot be launched is a ValueError.
     """
     page_size, head_dim = k_pages.shape[2:]
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or k_pages.dtype not in (q.dtype, *QUANTISED):
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or k_pages.dtype.name not in (
+        q.dtype.name,
+        *QUANTISED,
+    ):
         raise NotImplementedError(
             f"{q.dtype=!s} and {k_pages.dtype=!s} must both be bfloat16 or both float16, or the "
             f"pages one of {QUANTISED}: {OTHER}."
