@@ -22,6 +22,8 @@ from pallas_kernels.paged_attention import (
 )
 from pallas_kernels.paged_attention.config import Tile
 
+TILE = Tile(block_tokens=64, stages=2, split_tokens=64)
+
 
 @pytest.fixture(autouse=True)
 def fresh_check():
@@ -45,30 +47,66 @@ def half_precision():
 def test_a_kernel_that_gives_the_reference_here_is_taken_even_while_tracing(monkeypatch):
     interpreted = functools.partial(
         kernel_sm90.attend,
-        tile=Tile(block_tokens=64, stages=2, split_tokens=64),
+        tile=TILE,
         interpret=plgpu.InterpretGPUParams(),
     )
     calls = []
 
     def attend(*args, **kwargs):
-        calls.append(args[0].shape)
+        calls.append(kwargs["q"].shape if "q" in kwargs else args[0].shape)
         return interpreted(*args, **kwargs)
 
     put_gpu(monkeypatch, attend)
     problem = half_precision()
     jax.eval_shape(jax.jit(functools.partial(problem.call, paged_attention)))
-    assert calls == [(7, 4, 64), problem.q.shape]  # the check, and the call
-    assert resolve_implementation() == "mosaic_gpu"
-    assert len(calls) == 2  # checked once
+    assert calls == [(5, 4, 64), problem.q.shape]  # the check, and the call
+    chosen = resolve_implementation(None, problem.q, problem.k_pages)
+    assert chosen == "mosaic_gpu" and len(calls) == 2  # checked once
 
 
-def wrong(*args, **kwargs):
-    out, top, total = reference.attend(*args, **kwargs)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"q_lens": (2, 7), "group": 3, "page_size": 8},
+        {"quantised": jnp.int8, "page_size": 128, "head_dim": 128},
+        {"quantised": jnp.float8_e4m3fn, "dtype": jnp.float16, "q_lens": (5, 1)},
+    ],
+    ids=str,
+)
+def test_the_check_is_of_the_kind_of_call_that_is_asked_for(monkeypatch, shape):
+    checked = []
+
+    def attend(*args, **kwargs):
+        checked.append(kwargs)
+        return kernel_sm90.attend(
+            *args, **kwargs, tile=TILE, interpret=plgpu.InterpretGPUParams(detect_races=True)
+        )
+
+    put_gpu(monkeypatch, attend)
+    problem = make_problem((5, 40), **{"dtype": jnp.bfloat16} | shape)
+    against = gpu.reason_against(
+        problem.q, problem.k_pages, problem.page_indices, is_ragged="q_lens" in shape
+    )
+    assert against is None
+    (found,) = checked
+    assert found["k_pages"].shape[2:] == problem.k_pages.shape[2:]
+    assert found["k_pages"].dtype == problem.k_pages.dtype and found["q"].dtype == problem.q.dtype
+    assert (found["cu_q_lens"] is not None) == ("q_lens" in shape)
+
+
+def right(q, *, cu_q_lens, **kwargs):
+    if cu_q_lens is None:
+        cu_q_lens = jnp.arange(q.shape[0] + 1, dtype=jnp.int32)
+    return reference.attend(q, cu_q_lens=cu_q_lens, **kwargs)
+
+
+def wrong(**kwargs):
+    out, top, total = right(**kwargs)
     return out.at[3, 2, 5].add(0.1), top, total
 
 
-def not_a_number(*args, **kwargs):
-    out, top, total = reference.attend(*args, **kwargs)
+def not_a_number(**kwargs):
+    out, top, total = right(**kwargs)
     return out.at[3, 2, 5].set(jnp.nan), top, total
 
 

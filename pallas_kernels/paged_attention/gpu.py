@@ -4,12 +4,14 @@ import functools
 import importlib
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.paged_attention import reference
+from pallas_kernels.paged_attention.config import QUANTISED
 
 # Module by compute capability, as CUDA writes it: one whole, or its first number.
 KERNELS = {"9.0": "kernel_sm90", "8": "kernel_sm80"}
@@ -45,20 +47,34 @@ def reason_against(q, k_pages, page_indices, *, is_ragged: bool) -> str | None:
         kernel_of_card().check(q, k_pages, page_indices, is_ragged=is_ragged)
     except (NotImplementedError, ValueError) as error:
         return str(error)
-    return fault_here()
+    group = q.shape[1] // k_pages.shape[1]
+    page_size, head_dim = k_pages.shape[2:]
+    kind = Kind(q.dtype.name, k_pages.dtype.name, group, page_size, head_dim, is_ragged)
+    return fault_here(kind)
+
+
+class Kind(NamedTuple):
+    """Calls for which a kernel is checked together: they run the same code."""
+
+    q_dtype: str
+    pages_dtype: str
+    group: int  # query heads to a KV head, G
+    page_size: int
+    head_dim: int
+    is_ragged: bool
 
 
 @functools.cache
-def fault_here() -> str | None:
+def fault_here(kind: Kind) -> str | None:
     """What is wrong with the kernel on this very card, once a process; None if nothing is.
 
-    A mixed step is computed by the kernel and by the reference, with NaN wherever neither may
+    A small step is computed by the kernel and by the reference, with NaN wherever neither may
     look. What compiles for a card and equals the reference under the interpreter may still fail
     on the card, a driver or a version that nobody has tried.
     """
     with ThreadPoolExecutor(1) as pool:  # the caller may be tracing; another thread is not
         try:
-            error = pool.submit(_largest_error).result()
+            error = pool.submit(_largest_error, kind).result()
         except Exception as error:  # of a compiler, a driver or a card: of any class
             return f"it fails on this card: {type(error).__name__}: {str(error)[:300]}"
     if not error <= TOLERANCE:  # NaN is not
@@ -66,34 +82,46 @@ def fault_here() -> str | None:
     return None
 
 
-def _largest_error() -> float:
-    arguments = _mixed_step()
-    options = {"sm_scale": 0.125, "soft_cap": None, "window": None}
-    found, wanted = (
-        jax.jit(functools.partial(attend, **options))(*arguments)[0]
-        for attend in (kernel_of_card().attend, reference.attend)
-    )
-    return float(jnp.max(jnp.abs(found - wanted)))
+def _largest_error(kind: Kind) -> float:
+    arguments = _step_of(kind)
+    options = {"sm_scale": kind.head_dim**-0.5, "soft_cap": None, "window": None}
+    lens = jnp.arange(arguments["q"].shape[0] + 1, dtype=jnp.int32)
+    wanted = reference.attend(**{"cu_q_lens": lens} | arguments, **options)[0]
+    decode = {} if kind.is_ragged else {"cu_q_lens": None}
+    kernel = functools.partial(kernel_of_card().attend, **decode, **options)
+    return float(jnp.max(jnp.abs(jax.jit(kernel)(**arguments)[0] - wanted)))
 
 
-def _mixed_step() -> tuple[jax.Array, ...]:
-    """q, k_pages, v_pages, lengths, page_indices, cu_q_lens: rows of 5, 1 and 1 queries."""
-    page_size, head_dim, num_pages = 16, 64, 8
-    lengths = jnp.array([21, 1, 70], jnp.int32)
-    page_indices = jnp.array([[6, 1, 99, 99, 99], [4, 99, 99, 99, 99], [3, 5, 0, 7, 2]], jnp.int32)
-    used = jnp.zeros((num_pages, page_size), bool)
-    for row, length in zip(page_indices, lengths, strict=True):
-        token = jnp.arange(length)
-        used = used.at[row[token // page_size], token % page_size].set(True)
-    keys = jax.random.split(jax.random.key(0), 3)
-    q = jax.random.normal(keys[0], (7, 4, head_dim), jnp.bfloat16)
-    k_pages, v_pages = (
-        jnp.where(
-            used[:, None, :, None],
-            jax.random.normal(key, (num_pages, 2, page_size, head_dim), jnp.bfloat16),
-            jnp.array(jnp.nan, jnp.bfloat16),
-        )
-        for key in keys[1:]
-    )
-    cu_q_lens = jnp.array([0, 5, 6, 7], jnp.int32)
-    return q, k_pages, v_pages, lengths, page_indices, cu_q_lens
+def _step_of(kind: Kind) -> dict[str, jax.Array]:
+    """Rows of 5, 1 and 1 queries, or of one each, in shuffled pages; the table's rest is wild."""
+    lengths = np.array([21, 1, 70] if kind.is_ragged else [21, 1, 70, 5, 33], np.int32)
+    num_live = -(-lengths // kind.page_size)
+    rng = np.random.default_rng(0)
+    order = rng.permutation(num_live.sum() + 1).astype(np.int32)
+    table = np.full((len(lengths), num_live.max() + 1), 99_999, np.int32)
+    table[np.arange(table.shape[1]) < num_live[:, None]] = order[: num_live.sum()]
+    used = np.zeros((len(order), kind.page_size), bool)
+    for row, length in zip(table, lengths, strict=True):
+        token = np.arange(length)
+        used[row[token // kind.page_size], token % kind.page_size] = True
+
+    num_kv_heads, dtype = 2, jnp.dtype(kind.pages_dtype)
+    size = 30 if dtype == jnp.int8 else 1  # what a standard deviation is in the pages
+    q_shape = (7 if kind.is_ragged else len(lengths), num_kv_heads * kind.group, kind.head_dim)
+    step = {
+        "q": jnp.asarray(rng.standard_normal(q_shape), kind.q_dtype),
+        "lengths": jnp.asarray(lengths),
+        "page_indices": jnp.asarray(table),
+    }
+    for name in ("k_pages", "v_pages"):
+        drawn = rng.standard_normal((len(order), num_kv_heads, kind.page_size, kind.head_dim))
+        drawn = np.clip(size * drawn, -127, 127)
+        dead = 127 if dtype == jnp.int8 else np.nan  # int8 has no NaN
+        step[name] = jnp.asarray(np.where(used[:, None, :, None], drawn, dead), dtype)
+    if kind.pages_dtype in QUANTISED:
+        scale = np.where(used.any(axis=1), 1 / size, np.nan).astype(np.float32)
+        scales = jnp.asarray(np.repeat(scale[:, None], num_kv_heads, axis=1))
+        step |= {"k_scales": scales, "v_scales": scales}
+    if kind.is_ragged:
+        step["cu_q_lens"] = jnp.array([0, 5, 6, 7], jnp.int32)
+    return step
