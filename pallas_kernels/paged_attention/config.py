@@ -86,16 +86,6 @@ def geometry_of(q, k_pages, page_indices, *, is_ragged: bool, tile: Tile) -> Geo
     )
 
 
-def sm90_tile(head_dim: int, page_itemsize: int) -> Tile:
-    """As many stages as shared memory holds, up to 4, on Hopper."""
-    fitting = (
-        tile
-        for tile in (Tile(stages=stages) for stages in (4, 3, 2))
-        if tile.sm90_bytes(head_dim, page_itemsize) <= SM90_SMEM_BYTES
-    )
-    return next(fitting, Tile())
-
-
 def check_sm90(q, k_pages, tile: Tile) -> None:
     """Raises NotImplementedError, with the way out, for what the Hopper kernel does not do.
 

@@ -49,11 +49,11 @@ def reason_against(q, k_pages, page_indices, *, is_ragged: bool) -> str | None:
         return str(error)
     group = q.shape[1] // k_pages.shape[1]
     page_size, head_dim = k_pages.shape[2:]
-    kind = Kind(q.dtype.name, k_pages.dtype.name, group, page_size, head_dim, is_ragged)
-    return fault_here(kind)
+    call = Call(q.dtype.name, k_pages.dtype.name, group, page_size, head_dim, is_ragged)
+    return fault_here(call)
 
 
-class Kind(NamedTuple):
+class Call(NamedTuple):
     """Calls for which a kernel is checked together: they run the same code."""
 
     q_dtype: str
@@ -65,7 +65,7 @@ class Kind(NamedTuple):
 
 
 @functools.cache
-def fault_here(kind: Kind) -> str | None:
+def fault_here(call: Call) -> str | None:
     """What is wrong with the kernel on this very card, once a process; None if nothing is.
 
     A small step is computed by the kernel and by the reference, with NaN wherever neither may
@@ -74,7 +74,7 @@ def fault_here(kind: Kind) -> str | None:
     """
     with ThreadPoolExecutor(1) as pool:  # the caller may be tracing; another thread is not
         try:
-            error = pool.submit(_largest_error, kind).result()
+            error = pool.submit(_largest_error, call).result()
         except Exception as error:  # of a compiler, a driver or a card: of any class
             return f"it fails on this card: {type(error).__name__}: {str(error)[:300]}"
     if not error <= TOLERANCE:  # NaN is not
@@ -82,46 +82,46 @@ def fault_here(kind: Kind) -> str | None:
     return None
 
 
-def _largest_error(kind: Kind) -> float:
-    arguments = _step_of(kind)
-    options = {"sm_scale": kind.head_dim**-0.5, "soft_cap": None, "window": None}
+def _largest_error(call: Call) -> float:
+    arguments = _step_of(call)
+    options = {"sm_scale": call.head_dim**-0.5, "soft_cap": None, "window": None}
     lens = jnp.arange(arguments["q"].shape[0] + 1, dtype=jnp.int32)
     wanted = reference.attend(**{"cu_q_lens": lens} | arguments, **options)[0]
-    decode = {} if kind.is_ragged else {"cu_q_lens": None}
+    decode = {} if call.is_ragged else {"cu_q_lens": None}
     kernel = functools.partial(kernel_of_card().attend, **decode, **options)
     return float(jnp.max(jnp.abs(jax.jit(kernel)(**arguments)[0] - wanted)))
 
 
-def _step_of(kind: Kind) -> dict[str, jax.Array]:
+def _step_of(call: Call) -> dict[str, jax.Array]:
     """Rows of 5, 1 and 1 queries, or of one each, in shuffled pages; the table's rest is wild."""
-    lengths = np.array([21, 1, 70] if kind.is_ragged else [21, 1, 70, 5, 33], np.int32)
-    num_live = -(-lengths // kind.page_size)
+    lengths = np.array([21, 1, 70] if call.is_ragged else [21, 1, 70, 5, 33], np.int32)
+    num_live = -(-lengths // call.page_size)
     rng = np.random.default_rng(0)
     order = rng.permutation(num_live.sum() + 1).astype(np.int32)
     table = np.full((len(lengths), num_live.max() + 1), 99_999, np.int32)
     table[np.arange(table.shape[1]) < num_live[:, None]] = order[: num_live.sum()]
-    used = np.zeros((len(order), kind.page_size), bool)
+    used = np.zeros((len(order), call.page_size), bool)
     for row, length in zip(table, lengths, strict=True):
         token = np.arange(length)
-        used[row[token // kind.page_size], token % kind.page_size] = True
+        used[row[token // call.page_size], token % call.page_size] = True
 
-    num_kv_heads, dtype = 2, jnp.dtype(kind.pages_dtype)
+    num_kv_heads, dtype = 2, jnp.dtype(call.pages_dtype)
     size = 30 if dtype == jnp.int8 else 1  # what a standard deviation is in the pages
-    q_shape = (7 if kind.is_ragged else len(lengths), num_kv_heads * kind.group, kind.head_dim)
+    q_shape = (7 if call.is_ragged else len(lengths), num_kv_heads * call.group, call.head_dim)
     step = {
-        "q": jnp.asarray(rng.standard_normal(q_shape), kind.q_dtype),
+        "q": jnp.asarray(rng.standard_normal(q_shape), call.q_dtype),
         "lengths": jnp.asarray(lengths),
         "page_indices": jnp.asarray(table),
     }
     for name in ("k_pages", "v_pages"):
-        drawn = rng.standard_normal((len(order), num_kv_heads, kind.page_size, kind.head_dim))
+        drawn = rng.standard_normal((len(order), num_kv_heads, call.page_size, call.head_dim))
         drawn = np.clip(size * drawn, -127, 127)
         dead = 127 if dtype == jnp.int8 else np.nan  # int8 has no NaN
         step[name] = jnp.asarray(np.where(used[:, None, :, None], drawn, dead), dtype)
-    if kind.pages_dtype in QUANTISED:
+    if call.pages_dtype in QUANTISED:
         scale = np.where(used.any(axis=1), 1 / size, np.nan).astype(np.float32)
         scales = jnp.asarray(np.repeat(scale[:, None], num_kv_heads, axis=1))
         step |= {"k_scales": scales, "v_scales": scales}
-    if kind.is_ragged:
+    if call.is_ragged:
         step["cu_q_lens"] = jnp.array([0, 5, 6, 7], jnp.int32)
     return step

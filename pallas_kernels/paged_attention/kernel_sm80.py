@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.paged_attention import split_kv
+from pallas_kernels.paged_attention import split_kv, tuning
 from pallas_kernels.paged_attention.config import OTHER, Q_LINES, Geometry, Tile, geometry_of
 from pallas_kernels.paged_attention.split_kv import LOG2E, Work
 
@@ -102,7 +102,12 @@ def attend(
 
 def tile_of(q, k_pages) -> Tile:
     """The tile that a call with arrays of these shapes takes unless it names one."""
-    del q, k_pages  # the smallest ring: two thread blocks share a processor's memory
+    return tuning.tuned_tile(__name__, q, k_pages) or heuristic_tile(q, k_pages)
+
+
+def heuristic_tile(q, k_pages) -> Tile:
+    """The smallest ring: two thread blocks share a processor's memory."""
+    del q, k_pages
     return Tile(stages=2)
 
 

@@ -21,15 +21,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.paged_attention import split_kv
+from pallas_kernels.paged_attention import split_kv, tuning
 from pallas_kernels.paged_attention.config import (
     Q_LINES,
+    SM90_SMEM_BYTES,
     WIDEST,
     Geometry,
     Tile,
     check_sm90,
     geometry_of,
-    sm90_tile,
 )
 from pallas_kernels.paged_attention.split_kv import LOG2E, Work
 
@@ -84,7 +84,15 @@ def attend(
 
 def tile_of(q, k_pages) -> Tile:
     """The tile that a call with arrays of these shapes takes unless it names one."""
-    return sm90_tile(q.shape[2], k_pages.dtype.itemsize)
+    return tuning.tuned_tile(__name__, q, k_pages) or heuristic_tile(q, k_pages)
+
+
+def heuristic_tile(q, k_pages) -> Tile:
+    """As many stages as shared memory holds, up to 4."""
+    head_dim, itemsize = q.shape[2], k_pages.dtype.itemsize
+    tiles = (Tile(stages=stages) for stages in (4, 3, 2))
+    fitting = (t for t in tiles if t.sm90_bytes(head_dim, itemsize) <= SM90_SMEM_BYTES)
+    return next(fitting, Tile())
 
 
 def check(q, k_pages, page_indices, *, is_ragged: bool, tile: Tile | None = None) -> Geometry:
