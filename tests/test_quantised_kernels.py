@@ -26,6 +26,7 @@ every_kind = pytest.mark.parametrize(
         pytest.param(kernel_sm90, INT8, id="sm90-int8"),
         pytest.param(kernel_sm90, FLOAT8, id="sm90-float8"),
         pytest.param(kernel_sm80, INT8, id="sm80-int8", marks=needs_store),
+        pytest.param(kernel_sm80, FLOAT8, id="sm80-float8", marks=needs_store),
     ],
 )
 
@@ -132,7 +133,7 @@ def test_each_scale_is_that_of_its_own_pages(kernel, kind, k_scales, v_scales):
 @pytest.mark.parametrize(
     ("kind", "shape", "named"),
     [
-        (FLOAT8, {}, "k_pages.dtype=float8_e4m3fn"),
+        (FLOAT8, {"head_dim": 256}, "head_dim=256"),
         (INT8, {"page_size": 8}, "page_size=8 is too small for head_dim=64 and 8 bits"),
         (INT8, {"head_dim": 80, "page_size": 64}, "head_dim=80 and 8 bits"),
     ],
@@ -142,3 +143,9 @@ def test_what_ampere_cannot_do_is_refused_with_the_way_out(kind, shape, named):
     with pytest.raises(NotImplementedError, match='use implementation="xla"') as caught:
         problem_of(kind, (5,), **shape).call(functools.partial(run_kernel, kernel_sm80))
     assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [INT8, FLOAT8], ids=str)
+def test_ampere_converts_every_code_exactly(kind):
+    codes = jnp.asarray(np.arange(-128, 128, dtype=np.int8)).view(kind)
+    np.testing.assert_array_equal(kernel_sm80._float_of(codes), codes.astype(jnp.float32))

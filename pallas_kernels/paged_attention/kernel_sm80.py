@@ -26,7 +26,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.paged_attention import split_kv, tuning
-from pallas_kernels.paged_attention.config import OTHER, Q_LINES, Geometry, Tile, geometry_of
+from pallas_kernels.paged_attention.config import (
+    OTHER,
+    Q_LINES,
+    QUANTISED,
+    Geometry,
+    Tile,
+    geometry_of,
+)
 from pallas_kernels.paged_attention.split_kv import LOG2E, Work
 
 HEAD_DIMS = (64, 80, 96, 128)
@@ -88,7 +95,7 @@ def attend(
 ):  # fmt: skip
     """The contract of `reference.attend`; `cu_q_lens` None means one query for each row.
 
-    q [T, H, D] is bfloat16 or float16, pages [P, K, S, D] alike or int8. Raises as `check` does.
+    q [T, H, D] is bfloat16 or float16, pages [P, K, S, D] alike or quantised. Raises as `check`.
     """
     tile = tile_of(q, k_pages) if tile is None else tile
     geometry = check(q, k_pages, page_indices, is_ragged=cu_q_lens is not None, tile=tile)
@@ -123,10 +130,13 @@ def check(q, k_pages, page_indices, *, is_ragged: bool, tile: Tile | None = None
     if not hasattr(plgpu, "store"):
         raise NotImplementedError(f"jax {jax.__version__} lacks plgpu.store, as of 0.12: {OTHER}.")
     head_dim = q.shape[2]
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or k_pages.dtype not in (q.dtype, jnp.int8):
-        raise NotImplementedError(  # Ampere has no instruction that reads 8-bit floats
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or k_pages.dtype.name not in (
+        q.dtype.name,
+        *QUANTISED,
+    ):
+        raise NotImplementedError(
             f"{q.dtype=!s} and {k_pages.dtype=!s} must both be bfloat16 or both float16, or the "
-            f"pages int8: {OTHER}."
+            f"pages one of {QUANTISED}: {OTHER}."
         )
     if head_dim not in HEAD_DIMS:
         raise NotImplementedError(f"{head_dim=} must be one of {HEAD_DIMS}: {OTHER}.")
@@ -320,12 +330,20 @@ def _copy_block(token, work: Work, head, targets, *, table_ref, geometry, tile, 
 
 
 def _float_of(x):
-    """int8 as float32, by way of a number whose last bits count ones.
+    """int8 or float8_e4m3fn as float32, exactly, by way of its bits: sm_80 has no conversion.
 
-    Mosaic's own conversion, to bfloat16, needs sm_90.
+    Mosaic's own, of int8 to bfloat16, needs sm_90, and that of float8 sm_89.
     """
-    bits = x.astype(jnp.int32) + np.float32(COUNTER).view(np.int32)
-    return lax.bitcast_convert_type(bits, jnp.float32) - COUNTER
+    if x.dtype == jnp.int8:  # added to a number whose last bits count ones
+        bits = x.astype(jnp.int32) + np.float32(COUNTER).view(np.int32)
+        return lax.bitcast_convert_type(bits, jnp.float32) - COUNTER
+    code = lax.bitcast_convert_type(x, jnp.int8).astype(jnp.int32)
+    size = code & 0x7F  # 4 bits of exponent, 3 of fraction
+    is_small = size < 8  # subnormal: as if the exponent were 1, without the leading 1
+    bits = (size << 20) + ((127 - 7) << 23) + jnp.where(is_small, 1 << 23, 0)
+    value = lax.bitcast_convert_type(bits, jnp.float32) - jnp.where(is_small, 2.0**-6, 0.0)
+    value = jnp.where(size == 0x7F, jnp.nan, value)
+    return jnp.where(code < 0, -value, value)
 
 
 def _mask(s, block_start, first, end):
