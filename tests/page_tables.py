@@ -19,11 +19,26 @@ BOUNDS = (None, 1, 3)
 SOUND = [0, 0, 0, 0, 0]
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 
-append = jax.jit(page_table.append, static_argnames="max_new_pages")
+append_all = jax.jit(page_table.append, static_argnames="max_new_pages")
 share = jax.jit(page_table.share)
 fork = jax.jit(page_table.fork)
 release = jax.jit(page_table.release)
 violations = jax.jit(page_table.violations)
+
+
+def append(table: PageTable, counts, **bound) -> tuple[PageTable, jax.Array]:
+    """The table and the statuses of `page_table.append`."""
+    table, appended = append_all(table, counts, **bound)
+    return table, appended.status
+
+
+def copies_of(table: PageTable, appended: page_table.Appended) -> list[tuple[int, int, int]]:
+    """(row, source, target) of each copy that `append` asks for."""
+    pairs = zip(appended.sources.tolist(), appended.targets.tolist(), strict=True)
+    null = table.num_pages
+    found = [(row, *pair) for row, pair in enumerate(pairs) if pair != (null, null)]
+    assert all(page != null for _, *pages in found for page in pages)
+    return found
 
 
 @jax.jit
@@ -109,9 +124,10 @@ def apply(table: PageTable, oracle: PageTableOracle, command) -> tuple[PageTable
     verb, *args = command
     if verb == "append":
         counts, bound = args
-        table, row_status = append(table, i32(counts), max_new_pages=bound)
+        table, appended = append_all(table, i32(counts), max_new_pages=bound)
         expected = oracle.append(counts, bound)
-        assert np.asarray(row_status).tolist() == expected
+        assert appended.status.tolist() == expected
+        assert copies_of(table, appended) == oracle.copies
         return table, set(expected)
     if verb == "release":
         oracle.release(args[0])

@@ -28,22 +28,27 @@ class PageTableOracle:
         self.stack = list(reversed(range(num_pages)))
 
     def append(self, counts, max_new_pages: int | None = None) -> list[int]:
+        """Statuses by row; `self.copies` lists (row, source, target) of pages to copy."""
         budget = self.num_pages if max_new_pages is None else max_new_pages
         ran_out = False
         statuses = []
+        self.copies: list[tuple[int, int, int]] = []
         for row, count in enumerate(counts):
             pages = self.rows[row]
             length = self.lengths[row] + int(count)
             room = len(pages) * self.page_size - self.lengths[row]
-            demand = ceil_div(max(int(count) - room, 0), self.page_size)
+            copies = count > 0 and room > 0 and self.ref_counts[pages[-1]] > 1
+            demand = ceil_div(max(int(count) - room, 0), self.page_size) + copies
             if length > self.pages_per_slot * self.page_size:
                 statuses.append(status.SLOT_FULL)
-            elif count > 0 and room > 0 and self.ref_counts[pages[-1]] > 1:
-                statuses.append(status.SHARED_PAGE)
             elif demand > 0 and (ran_out or demand > min(budget, len(self.stack))):
                 ran_out = True
                 statuses.append(status.OUT_OF_PAGES)
             else:
+                if copies:
+                    source = pages.pop()
+                    self.ref_counts[source] -= 1
+                    self.copies.append((row, source, self.stack[-1]))
                 for _ in range(demand):
                     pages.append(self.stack.pop())
                     self.ref_counts[pages[-1]] = 1

@@ -83,7 +83,8 @@ def engine_step(params: Params, state: EngineState, setup: Setup) -> EngineState
 def execute(
     params: Params, pool: KvPool, plan: Plan, requests: Requests, setup: Setup
 ) -> tuple[KvPool, Outcome]:
-    """Carries out a plan with the model: writes KV, samples where the plan says so."""
+    """Carries out a plan with the model: copies and writes KV, samples where the plan says so."""
+    pool = kv_pool.copy_pages(pool, plan.sources, plan.targets)
     buckets = setup.engine.token_buckets
     chosen = _smallest_holding(plan.num_tokens, buckets)
     branches = [partial(_forward_bucket, bucket, setup) for bucket in buckets]

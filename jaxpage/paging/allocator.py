@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxpage.config import EngineConfig
 from jaxpage.paging import contiguous, page_table, status
 from jaxpage.paging.contiguous import ContiguousTable, ReserveFn
-from jaxpage.paging.page_table import PageTable, num_pages_for
+from jaxpage.paging.page_table import Appended, PageTable, num_pages_for
 
 Table = PageTable | ContiguousTable
 
@@ -26,7 +26,8 @@ class Allocator[T]:
     `admit(table, row, soon, reserved, owed)` readies an empty row for a sequence that will have
     `soon` tokens before long and is to have memory for `reserved` if it is given at once; `owed`
     pages are promised to others. It returns the table and a status.
-    `append(table, counts, max_new_pages)` makes room for tokens, as in `page_table.append`.
+    `append(table, counts, max_new_pages)` makes room for tokens, as in `page_table.append`, and
+    returns the table and what `page_table.Appended` says.
     `fitting(table, order, counts)` says which rows could append `counts` at once if all rows after
     them in `order` gave up their pages: a prefix of the order, `bool[B]`.
     `grows` says whether memory is taken page by page, or all at admission in a power of two pages.
@@ -38,7 +39,7 @@ class Allocator[T]:
     grows: bool
     create: Callable[[EngineConfig], T]
     admit: Callable[..., tuple[T, jax.Array]]
-    append: Callable[..., tuple[T, jax.Array]]
+    append: Callable[..., tuple[T, Appended]]
     fitting: Callable[[T, jax.Array, jax.Array], jax.Array]
     release: Callable[[T, jax.Array], T]
     violations: Callable[[T], jax.Array]
@@ -72,7 +73,9 @@ def _admit_contiguous(table: ContiguousTable, row, soon, reserved, owed):
 
 def _append_contiguous(table: ContiguousTable, counts: jax.Array, max_new_pages=None):
     del max_new_pages
-    return contiguous.append(table, counts)
+    table, row_status = contiguous.append(table, counts)
+    nothing = jnp.full_like(counts, table.num_pages)
+    return table, Appended(row_status, sources=nothing, targets=nothing)
 
 
 def _fitting_contiguous(table: ContiguousTable, order: jax.Array, counts: jax.Array) -> jax.Array:

@@ -5,6 +5,8 @@ is taken when a token needs it and not before (Kwon et al. 2023, section 4.3). F
 of `paging.status`, and all-or-nothing: a row whose pages cannot all be had is unchanged.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -45,6 +47,19 @@ class PageTable(struct.PyTreeNode):
         return self.held_pages * self.page_size
 
 
+class Appended(NamedTuple):
+    """What `append` did in each row, and the copies that it asks for.
+
+    Where a row was to write to a page that others hold as well, it now holds page `targets[b]` in
+    place of page `sources[b]`, whose content must be copied before the row's new tokens are written
+    (copy-on-write, Kwon et al. 2023, section 4.4). Both are `NULL_PAGE` where nothing is copied.
+    """
+
+    status: jax.Array  # i32[B]
+    sources: jax.Array  # i32[B], pages
+    targets: jax.Array  # i32[B], pages
+
+
 def num_pages_for[N: (int, jax.Array)](num_tokens: N, page_size: int) -> N:
     """Pages that hold `num_tokens` tokens: the quotient, rounded up."""
     return (num_tokens + page_size - 1) // page_size
@@ -64,45 +79,84 @@ def create(num_slots: int, pages_per_slot: int, num_pages: int, page_size: int) 
 
 def append(
     table: PageTable, counts: jax.Array, max_new_pages: int | None = None
-) -> tuple[PageTable, jax.Array]:
+) -> tuple[PageTable, Appended]:
     """Makes room for `counts: i32[B]` more tokens in each row, and counts them as written.
 
     Pages go to rows in index order without overtaking: once a row finds too few, no later row
-    that needs a page gets one. `max_new_pages` bounds the pages of one call (by default `P`), a
-    static number that the work follows. Returns the table and a status a row, `i32[B]`.
+    that needs a page gets one. A row that would write to a shared page gets one in its place, and
+    the last owner writes in place. `max_new_pages` bounds the pages of one call (by default `P`), a
+    static number that the work follows.
     """
-    pages_per_slot = table.page_indices.shape[1]
-    capacity = table.num_pages if max_new_pages is None else max_new_pages
-    lengths = table.lengths + counts
-    held = table.held_pages
-    needed = num_pages_for(lengths, table.page_size) - held
-
+    pages_per_slot, null = table.page_indices.shape[1], table.num_pages
+    capacity = null if max_new_pages is None else max_new_pages
+    lengths, held = table.lengths + counts, table.held_pages
     too_long = lengths > pages_per_slot * table.page_size
-    shared = (counts > 0) & _last_page_is_shared(table)
-    refused = too_long | shared
-    demand = jnp.where(refused, 0, needed)
+
+    last = jnp.maximum(held - 1, 0)
+    writes = (counts > 0) & (table.lengths % table.page_size != 0) & ~too_long
+    last_page = jnp.where(
+        writes, jnp.take_along_axis(table.page_indices, last[:, None], 1)[:, 0], null
+    )
+    copies, before = _copies(
+        last_page, table.ref_counts.at[last_page].get(mode="fill", fill_value=0)
+    )
+
+    demand = num_pages_for(lengths, table.page_size) - held + copies
+    demand = jnp.where(too_long, 0, demand)
     available = jnp.minimum(table.num_free, capacity)
     starved = (demand > 0) & (jnp.cumsum(demand) > available)
+    # Whoever counted on a copy that an earlier row does not get is not the last owner.
+    starved |= starved.at[before].get(mode="fill", fill_value=False)
 
     granted = jnp.where(starved, 0, demand)
     new = ragged.expand(granted, capacity)
     rank = jnp.arange(capacity, dtype=jnp.int32)
     page = table.free_pages.at[table.num_free - 1 - rank].get(mode="fill", fill_value=0)
-    page = jnp.where(new.live, page, table.num_pages)
-    column = held.at[new.row].get(mode="fill", fill_value=0) + new.offset
+    page = jnp.where(new.live, page, null)
+    column = (held - copies).at[new.row].get(mode="fill", fill_value=0) + new.offset
+    page_indices = table.page_indices.at[new.row, column].set(page, mode="drop")
 
     row_status = jnp.where(
-        too_long,
-        status.SLOT_FULL,
-        jnp.where(shared, status.SHARED_PAGE, jnp.where(starved, status.OUT_OF_PAGES, status.OK)),
+        too_long, status.SLOT_FULL, jnp.where(starved, status.OUT_OF_PAGES, status.OK)
     )
+    copied = (copies > 0) & (row_status == status.OK)
+    sources = jnp.where(copied, last_page, null)
+    targets = jnp.where(copied, jnp.take_along_axis(page_indices, last[:, None], 1)[:, 0], null)
     table = table.replace(
-        page_indices=table.page_indices.at[new.row, column].set(page, mode="drop"),
+        page_indices=page_indices,
         lengths=jnp.where(row_status == status.OK, lengths, table.lengths),
-        ref_counts=table.ref_counts.at[page].set(1, mode="drop"),
+        ref_counts=table.ref_counts.at[page].set(1, mode="drop").at[sources].add(-1, mode="drop"),
         num_free=table.num_free - jnp.sum(granted),
     )
-    return table, row_status
+    return table, Appended(row_status, sources, targets)
+
+
+def _copies(pages: jax.Array, owners: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Who copies, of rows about to write to `pages: i32[B]` that have `owners: i32[B]`.
+
+    Rows that write to the same page copy it one after the other, until one is the last owner.
+    Returns the pages that each row copies, 0 or 1, and the row before it that writes to its page,
+    `B` for none; both `i32[B]`.
+    """
+    num_rows = pages.shape[0]
+    index = jnp.arange(num_rows, dtype=jnp.int32)
+
+    def by_page():
+        order = jnp.argsort(pages, stable=True).astype(jnp.int32)
+        in_order = pages[order]
+        is_first = jnp.concatenate([jnp.ones((1,), jnp.bool_), in_order[1:] != in_order[:-1]])
+        first = lax.cummax(jnp.where(is_first, index, 0))
+        copies = owners[order] - (index - first) > 1
+        before = jnp.where(is_first, num_rows, jnp.roll(order, 1))
+        place = jnp.zeros_like(order).at[order].set(index)
+        # All rows that write to no shared page stand together, and before nobody.
+        is_shared = owners > 1
+        return copies[place].astype(jnp.int32), jnp.where(is_shared, before[place], num_rows)
+
+    def nobody():
+        return jnp.zeros((num_rows,), jnp.int32), jnp.full((num_rows,), num_rows, jnp.int32)
+
+    return lax.cond(jnp.any(owners > 1), by_page, nobody)
 
 
 def share(
@@ -111,7 +165,7 @@ def share(
     """Lets the empty row `target` hold the first `num_tokens` tokens of row `source`.
 
     Nothing is copied: their pages gain a reference each. A last page that is only part full may
-    be shared as well; it must be copied before either row writes to it (`append` refuses).
+    be shared as well; whoever writes to it first gets a copy (`append`).
     """
     columns = jnp.arange(table.page_indices.shape[1], dtype=jnp.int32)
     count = num_pages_for(num_tokens, table.page_size)
@@ -203,11 +257,3 @@ def violations(table: PageTable) -> jax.Array:
             count(too_long) + count(out_of_range),
         ]
     )
-
-
-def _last_page_is_shared(table: PageTable) -> jax.Array:
-    """Whether each row's last page has room left and another owner, `bool[B]`."""
-    rows = jnp.arange(table.lengths.shape[0], dtype=jnp.int32)
-    last = table.page_indices[rows, jnp.maximum(table.held_pages - 1, 0)]
-    owners = table.ref_counts.at[last].get(mode="fill", fill_value=0)
-    return (table.lengths % table.page_size != 0) & (owners > 1)

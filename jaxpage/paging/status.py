@@ -7,11 +7,9 @@ is `OK` only if all are.
 OK = 0
 OUT_OF_PAGES = 1
 SLOT_FULL = 2
-SHARED_PAGE = 3
 
 SENTENCES = {
     OK: "done",
     OUT_OF_PAGES: "not enough free pages: release or preempt a sequence, then try again",
     SLOT_FULL: "the sequence would outgrow its slot: raise pages_per_slot",
-    SHARED_PAGE: "the page to be written is shared: copy it first (copy-on-write)",
 }

@@ -26,6 +26,7 @@ class StepRecord(NamedTuple):
     num_running: jax.Array
     num_waiting: jax.Array
     num_preempted: jax.Array
+    num_copied: jax.Array  # pages
     token_states: jax.Array
     reservation: jax.Array
     internal: jax.Array
@@ -49,6 +50,7 @@ def record_step(state: SchedulerState, plan: Plan) -> StepRecord:
         num_running=jnp.sum(state.running, dtype=jnp.int32),
         num_waiting=num_waiting,
         num_preempted=plan.num_preempted,
+        num_copied=jnp.sum(plan.targets < table.num_pages, dtype=jnp.int32),
         **waste,
     )
 

@@ -35,7 +35,8 @@ class Plan(struct.PyTreeNode):
     """What a step computes: in slot `b`, the next `counts[b]` tokens of request `requests[b]`.
 
     `lengths` includes them, and `page_indices` holds their pages. Where `samples`, the last of
-    them is the sequence's last known token, and its logits choose the next.
+    them is the sequence's last known token, and its logits choose the next. Before anything is
+    written, page `sources[b]` is copied to page `targets[b]`; where both are `P`, nothing is.
     """
 
     requests: jax.Array  # i32[B]; R for an empty slot
@@ -43,6 +44,8 @@ class Plan(struct.PyTreeNode):
     samples: jax.Array  # bool[B]
     lengths: jax.Array  # i32[B], tokens
     page_indices: jax.Array  # i32[B, M]
+    sources: jax.Array  # i32[B], pages
+    targets: jax.Array  # i32[B], pages
     num_preempted: jax.Array  # i32[], sequences that lost their pages to make this step
 
     @property
@@ -84,9 +87,9 @@ def plan_step(
     state, counts = _admit(state, counts, ranks, may_admit, config, allocator)
 
     # Pages of one step: a row of n tokens starts at most ceil(n / S) pages, so budget / S and one
-    # for every row.
-    most_pages = min(config.token_budget // config.page_size + config.num_slots, config.num_pages)
-    table, _ = allocator.append(state.table, counts, most_pages)
+    # for every row; and it copies one page at most.
+    most_pages = config.token_budget // config.page_size + 2 * config.num_slots
+    table, appended = allocator.append(state.table, counts, min(most_pages, config.num_pages))
     state = state.replace(table=table)
     known = _of_slots(state.requests.num_tokens, state.slots)
     plan = Plan(
@@ -95,6 +98,8 @@ def plan_step(
         samples=(counts > 0) & (table.lengths == known),
         lengths=table.lengths,
         page_indices=table.page_indices,
+        sources=appended.sources,
+        targets=appended.targets,
         num_preempted=jnp.sum(victims, dtype=jnp.int32),
     )
     return state, plan
