@@ -119,6 +119,21 @@ def commands(shape, max_size: int):
     return st.lists(command, max_size=max_size)
 
 
+def random_script(shape, seed: int, size: int) -> list[tuple]:
+    rng = np.random.default_rng(seed)
+    num_slots, _, _, page_size = shape
+    script: list[tuple] = []
+    for verb in rng.choice(["append", "share", "fork", "release"], size, p=[0.6, 0.15, 0.1, 0.15]):
+        if verb == "append":
+            counts = rng.choice([0, 1, page_size, 2 * page_size + 1], num_slots)
+            script.append((verb, counts, BOUNDS[rng.integers(len(BOUNDS))]))
+        elif verb == "release":
+            script.append((verb, rng.random(num_slots) < 0.4))
+        else:
+            script.append((verb, *rng.integers(0, 256, 3).tolist()))
+    return script
+
+
 def apply(table: PageTable, oracle: PageTableOracle, command) -> tuple[PageTable, set[int]]:
     """Does one command to both; returns the table and the statuses met."""
     verb, *args = command

@@ -4,6 +4,7 @@ They share no code and no representation with the tables under test: the page ta
 lists and a list as stack, the buddy allocator a set of free blocks for each order.
 """
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -56,6 +57,17 @@ class PageTableOracle:
                 self.lengths[row] = length
                 statuses.append(status.OK)
         return statuses
+
+    def fitting(self, order, counts) -> list[bool]:
+        """By trying: whether each row, and all before it in `order`, get their tokens alone."""
+        fits = [False] * len(self.rows)
+        for i, row in enumerate(order):
+            trial = copy.deepcopy(self)
+            first = list(order[: i + 1])
+            trial.release([r not in first for r in range(len(self.rows))])
+            statuses = trial.append([counts[r] if r in first else 0 for r in range(len(self.rows))])
+            fits[row] = status.OUT_OF_PAGES not in statuses
+        return fits
 
     def share(self, source: int, target: int, num_tokens: int) -> None:
         assert not self.rows[target] and num_tokens <= self.lengths[source]

@@ -1,5 +1,7 @@
 """Copy-on-write: who copies, who writes in place, and the paper's examples (Figs 8, 9)."""
 
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from page_tables import (
     SOUND,
     append,
     append_all,
+    apply,
     copies_of,
     fork,
     free_set,
@@ -15,11 +18,13 @@ from page_tables import (
     leaves,
     mask,
     pages_of,
+    random_script,
     release,
     share,
     violations,
     with_stack,
 )
+from paging_oracle import PageTableOracle
 
 from jaxpage.paging import kv_pool, page_table, status
 from jaxpage.paging.kv_pool import KvPool
@@ -84,6 +89,47 @@ def test_a_full_source_page_shared_in_part_is_copied_by_the_sharer_only():
     assert appended.status.tolist() == [status.OK, status.OK]
     assert copies_of(table, appended) == [(1, 1, 3)]
     assert [pages_of(table, row) for row in range(2)] == [[0, 1, 2], [0, 3]]
+
+
+# --- who fits ------------------------------------------------------------------------------------
+
+fitting = jax.jit(page_table.fitting)
+
+
+def check_fitting(num_tables: int) -> Counter:
+    """Compares with trying, on random tables; counts which of (shared, not all fit) were met."""
+    shape = (4, 4, 9, 3)
+    met = Counter()
+    for seed in range(num_tables):
+        rng = np.random.default_rng(seed)
+        table, oracle = page_table.create(*shape), PageTableOracle(*shape)
+        for command in random_script(shape, seed, int(rng.integers(1, 12))):
+            table, _ = apply(table, oracle, command)
+        order = rng.permutation(shape[0])
+        # Nobody outgrows its slot: a scheduler does not ask for that.
+        room = shape[1] * shape[3] - np.asarray(oracle.lengths)
+        counts = rng.integers(0, np.minimum(room, 2 * shape[3]) + 1) * (rng.random(4) < 0.8)
+        want = oracle.fitting(order, counts)
+        assert fitting(table, i32(order), i32(counts)).tolist() == want, seed
+        owned = sum(map(len, oracle.rows))
+        met[owned > shape[2] - len(oracle.stack), not all(want)] += 1
+    return met
+
+
+def test_rows_fit_that_could_append_if_those_after_them_gave_up_their_pages():
+    met = check_fitting(300)
+    assert min(met[is_shared, True] for is_shared in (False, True)) > 10, met
+
+
+@pytest.mark.slow
+def test_rows_fit_as_trying_says_on_many_tables():
+    assert len(check_fitting(20_000)) == 4
+
+
+def test_a_row_whose_page_others_give_up_needs_no_copy():
+    table = shared_by(3, num_pages=2)  # no page is free
+    fits = fitting(table, i32([2, 0, 1, 3]), i32([1, 0, 1, 0]))
+    assert fits.tolist() == [False, False, True, False]
 
 
 # --- the bytes -----------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from page_tables import (
-    BOUNDS,
     SHAPES,
     SOUND,
     append,
@@ -18,6 +17,7 @@ from page_tables import (
     leaves,
     mask,
     pages_of,
+    random_script,
     release,
     share,
     violations,
@@ -70,21 +70,6 @@ def test_random_commands_leave_the_table_as_the_oracle_and_sound_after_each(shap
 def test_long_random_commands_leave_the_table_as_the_oracle_and_sound_after_each(shape):
     met = check_random_commands(shape, max_examples=1500, max_size=60)
     assert met == set(status.SENTENCES)
-
-
-def random_script(shape, seed: int, size: int) -> list[tuple]:
-    rng = np.random.default_rng(seed)
-    num_slots, _, _, page_size = shape
-    script: list[tuple] = []
-    for verb in rng.choice(["append", "share", "fork", "release"], size, p=[0.6, 0.15, 0.1, 0.15]):
-        if verb == "append":
-            counts = rng.choice([0, 1, page_size, 2 * page_size + 1], num_slots)
-            script.append((verb, counts, BOUNDS[rng.integers(len(BOUNDS))]))
-        elif verb == "release":
-            script.append((verb, rng.random(num_slots) < 0.4))
-        else:
-            script.append((verb, *rng.integers(0, 256, 3).tolist()))
-    return script
 
 
 def test_a_long_walk_meets_every_status_and_agrees_with_the_oracle():

@@ -57,15 +57,6 @@ def _admit_paged(table: PageTable, row, soon, reserved, owed):
     return table, jnp.where(enough, status.OK, status.OUT_OF_PAGES)
 
 
-def _fitting_paged(table: PageTable, order: jax.Array, counts: jax.Array) -> jax.Array:
-    held = table.held_pages
-    demand = num_pages_for(table.lengths + counts, table.page_size) - held
-    # Row i fits if what rows 0..i hold and demand is no more than all pages in use or free.
-    needed = jnp.cumsum((held + demand)[order])
-    fits = needed <= table.num_free + jnp.sum(held)
-    return jnp.zeros_like(fits).at[order].set(fits)
-
-
 def _admit_contiguous(table: ContiguousTable, row, soon, reserved, owed):
     del soon, owed
     return contiguous.reserve(table, row, reserved)
@@ -89,7 +80,7 @@ PAGED: Allocator[PageTable] = Allocator(
     create=partial(_create, page_table.create),
     admit=_admit_paged,
     append=page_table.append,
-    fitting=_fitting_paged,
+    fitting=page_table.fitting,
     release=page_table.release,
     violations=page_table.violations,
     reserve=contiguous.reserve_oracle,
