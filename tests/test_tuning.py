@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.paged_attention import gpu, kernel_sm80, kernel_sm90, tune, tuning
+from pallas_kernels.paged_attention import bench, gpu, kernel_sm80, kernel_sm90, tune, tuning, xla
 from pallas_kernels.paged_attention.config import Tile
-from pallas_kernels.paged_attention.shapes import SHAPES, choose_shapes
+from pallas_kernels.paged_attention.shapes import SHAPES, Shape, choose_shapes
 
 ROOT = Path(__file__).parents[1]
 DECODE = choose_shapes(["llama3.1-70b-decode-b32-c2048-p16"])[0]
@@ -130,3 +130,22 @@ def test_without_a_gpu_the_tuner_says_so_and_fails():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.splitlines()[-1].startswith("error: this needs an NVIDIA GPU")
+
+
+@pytest.mark.parametrize("pages", ["bfloat16", "int8"])
+def test_a_tile_is_checked_before_it_is_timed(pages):
+    shape = Shape("tiny", 4, 2, 64, 16, 3, 70, prompt_tokens=20, pages=pages)
+    settings = bench.Settings(repeats=1, calls=1, cache_bytes=1)
+    tiles = []
+
+    def attend(q, *, tile, **arrays):
+        tiles.append(tile)
+        out, *residuals = xla.attend(q, **arrays)
+        return (out if tile == Tile() else 1.1 * out, *residuals)
+
+    kernel = SimpleNamespace(attend=attend)
+    seconds = tune.measure_here(kernel, settings, shape, Tile())
+    assert isinstance(seconds, float) and seconds > 0
+    fault = tune.measure_here(kernel, settings, shape, WIDE)
+    assert isinstance(fault, str) and fault.startswith("wrong: ")
+    assert tiles == [Tile(), WIDE]
