@@ -6,49 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_engine import CONFIG, REQUESTS, TINY, build, outputs, params_of, setup_of
 
-from jaxpage.config import ConfigError, EngineConfig, ModelConfig
+from jaxpage.config import ConfigError
 from jaxpage.engine import loop, step
 from jaxpage.engine.host import Engine, Request
-from jaxpage.engine.step import Setup
 from jaxpage.model.params import init_params
 from jaxpage.model.placement import serving_params
-from jaxpage.model.presets import PRESETS
-from jaxpage.paging import page_table
-from jaxpage.paging.allocator import ALLOCATORS
 from jaxpage.scheduling.policies import POLICIES
-from pallas_kernels.paged_attention import paged_attention
-
-TINY = PRESETS["tiny"]
-CONFIG = EngineConfig(
-    num_slots=4,
-    num_pages=24,
-    page_size=4,
-    pages_per_slot=12,
-    num_requests=8,
-    token_buckets=(4, 16),
-)
-PROMPTS = [tuple(range(1, 4 + 3 * i)) for i in range(6)]
-REQUESTS = [Request(str(i), ids, 9, ignore_eos=True) for i, ids in enumerate(PROMPTS)]
-
-
-def setup_of(
-    config: EngineConfig = CONFIG, model: ModelConfig = TINY, allocator="paged", policy="fcfs"
-) -> Setup:
-    return Setup(model, config, ALLOCATORS[allocator], POLICIES[policy], paged_attention)
-
-
-def params_of(model: ModelConfig = TINY, dtype=jnp.float32):
-    return serving_params(init_params(model, jax.random.key(3), jnp.float32), dtype)
-
-
-def build(setup: Setup | None = None, params=None, kv_dtype=jnp.float32) -> Engine:
-    setup = setup or setup_of()
-    return Engine(params if params is not None else params_of(setup.model), setup, kv_dtype)
-
-
-def outputs(results) -> list[list[int]]:
-    return [result.output_ids for result in results]
 
 
 @pytest.mark.parametrize("allocator", ["paged", "max"])
@@ -224,35 +189,3 @@ def test_bfloat16_serves_and_is_close_to_float32():
     for a, b in zip(exact, rounded, strict=True):
         assert len(a.output_ids) == len(b.output_ids)
         assert abs(a.logprobs[0] - b.logprobs[0]) < 0.05
-
-
-@pytest.mark.parametrize("prompt_len", [7, 8, 9])  # a last page with room, none, and almost all
-def test_sequences_that_share_a_prompts_pages_go_on_as_if_each_had_its_own(prompt_len):
-    prompt = PROMPTS[-1][:prompt_len]
-    pair = [Request(str(i), prompt, 9, temperature=1.0, seed=i, ignore_eos=True) for i in (1, 2)]
-
-    def run(is_shared: bool):
-        engine = build(setup_of(replace(CONFIG, token_buckets=(4, 32))))
-        for row, request in enumerate(pair):
-            engine.submit(request, row)
-        engine.advance(1)  # both prompts, and a token each
-        scheduler = engine.state.scheduler
-        assert scheduler.table.lengths.tolist()[:2] == [prompt_len] * 2
-        if is_shared:
-            table = page_table.release(scheduler.table, jnp.arange(4) == 1)
-            table = page_table.fork(table, jnp.int32(0), jnp.int32(1))
-            # What the second had is lost: whoever reads it now prints something else.
-            used = jnp.isin(jnp.arange(CONFIG.num_pages), table.page_indices[0])
-            used = used[None, :, None, None, None]
-            pool = jax.tree.map(lambda x: jnp.where(used, x, jnp.nan), engine.state.pool)
-            scheduler = scheduler.replace(table=table)
-            engine.state = jax.device_put(engine.state.replace(scheduler=scheduler, pool=pool))
-        engine.advance(8)
-        state = engine.state
-        assert page_table.violations(state.scheduler.table).tolist() == [0] * 5
-        copied = int(state.log.records.num_copied[: int(state.log.count)].sum())
-        assert copied == (1 if is_shared and prompt_len % CONFIG.page_size else 0)
-        return state.scheduler.requests.tokens[:2, : prompt_len + 9].tolist()
-
-    shared = run(True)
-    assert shared == run(False) and shared[0] != shared[1]
