@@ -133,7 +133,7 @@ def test_each_scale_is_that_of_its_own_pages(kernel, kind, k_scales, v_scales):
 @pytest.mark.parametrize(
     ("kind", "shape", "named"),
     [
-        (FLOAT8, {"head_dim": 256}, "head_dim=256"),
+        (FLOAT8, {"head_dim": 512}, "head_dim=512"),
         (INT8, {"page_size": 8}, "page_size=8 is too small for head_dim=64 and 8 bits"),
         (INT8, {"head_dim": 80, "page_size": 64}, "head_dim=80 and 8 bits"),
     ],

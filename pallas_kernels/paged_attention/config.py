@@ -63,8 +63,10 @@ class Geometry(NamedTuple):
         return self.num_tiles * self.num_kv_heads * self.num_splits
 
 
-def geometry_of(q, k_pages, page_indices, *, is_ragged: bool, tile: Tile) -> Geometry:
-    """The geometry of a call with arrays of these shapes.
+def geometry_of(
+    q, k_pages, page_indices, *, is_ragged: bool, tile: Tile, lines: int = Q_LINES
+) -> Geometry:
+    """The geometry of a call with arrays of these shapes, of up to `lines` lines a product.
 
     A ragged step gets as many tiles as any split of its tokens over the rows can need.
     """
@@ -72,7 +74,7 @@ def geometry_of(q, k_pages, page_indices, *, is_ragged: bool, tile: Tile) -> Geo
     num_pages, num_kv_heads, page_size, _ = k_pages.shape
     num_rows, table_pages = page_indices.shape
     group_rows = -(-num_heads // num_kv_heads // 8) * 8
-    tile_queries = max(Q_LINES // group_rows, 1) if is_ragged else 1
+    tile_queries = max(lines // group_rows, 1) if is_ragged else 1
     return Geometry(
         num_tiles=num_tokens // tile_queries + min(num_rows, num_tokens) if is_ragged else num_rows,
         tile_queries=tile_queries,

@@ -36,7 +36,7 @@ from pallas_kernels.paged_attention.config import (
 )
 from pallas_kernels.paged_attention.split_kv import LOG2E, Work
 
-HEAD_DIMS = (64, 80, 96, 128)
+HEAD_DIMS = (64, 80, 96, 128, 256)
 LINES = 16  # the height of an mma tile; head dims of no whole 32 columns need two for four warps
 DEPTH = 16  # what one mma sums over, of 16-bit numbers
 SMEM_BYTES = 163 * 1024  # what a thread block of an A100 can have
@@ -140,9 +140,12 @@ def check(q, k_pages, page_indices, *, is_ragged: bool, tile: Tile | None = None
         )
     if head_dim not in HEAD_DIMS:
         raise NotImplementedError(f"{head_dim=} must be one of {HEAD_DIMS}: {OTHER}.")
-    if q.shape[1] // k_pages.shape[1] > Q_LINES:
-        raise NotImplementedError(f"More than {Q_LINES} query heads share a KV head: {OTHER}.")
-    geometry = geometry_of(q, k_pages, page_indices, is_ragged=is_ragged, tile=tile)
+    most = Q_LINES if head_dim <= 128 else LINES  # more would not fit in registers
+    if q.shape[1] // k_pages.shape[1] > most:
+        raise NotImplementedError(
+            f"More than {most} query heads share a KV head of {head_dim=}: {OTHER}."
+        )
+    geometry = geometry_of(q, k_pages, page_indices, is_ragged=is_ragged, tile=tile, lines=most)
     lines = LINES if head_dim % 32 == 0 else 2 * LINES
     if geometry.tile_lines % lines:
         geometry = geometry._replace(group_rows=pl.cdiv(geometry.group_rows, lines) * lines)
