@@ -88,20 +88,23 @@ def geometry_of(
     )
 
 
+def check_dtypes(q, k_pages) -> None:
+    """Raises NotImplementedError for dtypes that no kernel for GPUs takes."""
+    is_alike = k_pages.dtype.name in (q.dtype.name, *QUANTISED)
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or not is_alike:
+        raise NotImplementedError(
+            f"{q.dtype=!s} and {k_pages.dtype=!s} must both be bfloat16 or both float16, or the "
+            f"pages one of {QUANTISED}: {OTHER}."
+        )
+
+
 def check_sm90(q, k_pages, tile: Tile) -> None:
     """Raises NotImplementedError, with the way out, for what the Hopper kernel does not do.
 
     A `tile` that cannot be launched is a ValueError.
     """
     page_size, head_dim = k_pages.shape[2:]
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or k_pages.dtype.name not in (
-        q.dtype.name,
-        *QUANTISED,
-    ):
-        raise NotImplementedError(
-            f"{q.dtype=!s} and {k_pages.dtype=!s} must both be bfloat16 or both float16, or the "
-            f"pages one of {QUANTISED}: {OTHER}."
-        )
+    check_dtypes(q, k_pages)
     if page_size % 8 or max(page_size, tile.block_tokens) % min(page_size, tile.block_tokens):
         raise NotImplementedError(
             f"{page_size=} must be a multiple of 8 that divides {tile.block_tokens} or is a "

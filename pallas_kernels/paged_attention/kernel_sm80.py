@@ -29,9 +29,9 @@ from pallas_kernels.paged_attention import split_kv, tuning
 from pallas_kernels.paged_attention.config import (
     OTHER,
     Q_LINES,
-    QUANTISED,
     Geometry,
     Tile,
+    check_dtypes,
     geometry_of,
 )
 from pallas_kernels.paged_attention.split_kv import LOG2E, Work
@@ -130,14 +130,7 @@ def check(q, k_pages, page_indices, *, is_ragged: bool, tile: Tile | None = None
     if not hasattr(plgpu, "store"):
         raise NotImplementedError(f"jax {jax.__version__} lacks plgpu.store, as of 0.12: {OTHER}.")
     head_dim = q.shape[2]
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or k_pages.dtype.name not in (
-        q.dtype.name,
-        *QUANTISED,
-    ):
-        raise NotImplementedError(
-            f"{q.dtype=!s} and {k_pages.dtype=!s} must both be bfloat16 or both float16, or the "
-            f"pages one of {QUANTISED}: {OTHER}."
-        )
+    check_dtypes(q, k_pages)
     if head_dim not in HEAD_DIMS:
         raise NotImplementedError(f"{head_dim=} must be one of {HEAD_DIMS}: {OTHER}.")
     most = Q_LINES if head_dim <= 128 else LINES  # more would not fit in registers
@@ -286,7 +279,8 @@ def _kernel(
         )
         s = _scores(q, keys.block(stage, geometry), tile.block_tokens, machine)
         s = _cap(_scaled(s, k_scales), sm_scale, soft_cap)
-        s = _mask(s, block_start, first_key, end_key)
+        key = lax.broadcasted_iota(jnp.int32, s.shape, 1)
+        s = split_kv.mask(s, key, first_key - block_start, end_key - block_start)
         new_top = jnp.maximum(top, s.max(axis=1))
         # A query that sees none of the blocks so far has no largest score yet.
         base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
@@ -347,17 +341,6 @@ def _float_of(x):
     value = lax.bitcast_convert_type(bits, jnp.float32) - jnp.where(is_small, 2.0**-6, 0.0)
     value = jnp.where(size == 0x7F, jnp.nan, value)
     return jnp.where(code < 0, -value, value)
-
-
-def _mask(s, block_start, first, end):
-    """Scores of the block at `block_start`, -inf where a line's query does not look."""
-    key = lax.broadcasted_iota(jnp.int32, s.shape, 1)
-
-    def of_line(bound):
-        bound -= block_start
-        return bound if bound.ndim == 0 else lax.broadcast_in_dim(bound, s.shape, [0])
-
-    return jnp.where((key >= of_line(first)) & (key < of_line(end)), s, -jnp.inf)
 
 
 def _cap(products, sm_scale, soft_cap):

@@ -250,7 +250,8 @@ def _attend(
             k = keys.block(stage, part, consumer).transpose((1, 0))
             s += _product((Q_LINES, tile.block_tokens), q_smem.at[:, part], k)
         s = _cap(_scaled(s, keys, stage, geometry), sm_scale, soft_cap)
-        s = _mask(s, block_start, first_key, end_key)
+        key = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA)
+        s = split_kv.mask(s, key, first_key - block_start, end_key - block_start)
         new_top = jnp.maximum(top, s.max(axis=1))
         # A query that sees none of the blocks so far has no largest score yet.
         base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
@@ -269,17 +270,6 @@ def _attend(
         return acc * lax.broadcast_in_dim(decay, acc.shape, [0]) + product, new_top, total
 
     return lax.fori_loop(0, work.num_blocks, fold, _start(geometry.head_dim // len(columns)))
-
-
-def _mask(s, block_start, first, end):
-    """Scores of the block at `block_start`, -inf where a line's query does not look."""
-    key = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA)
-
-    def of_line(bound):
-        bound -= block_start
-        return bound if bound.ndim == 0 else lax.broadcast_in_dim(bound, s.shape, [0])
-
-    return jnp.where((key >= of_line(first)) & (key < of_line(end)), s, -jnp.inf)
 
 
 def _copy_block(token, work: Work, head, stage, sources, *, table_ref, geometry, tile):

@@ -133,3 +133,16 @@ def seen_keys(lines: Callable, work: Work, window: int | None, geometry: Geometr
     query = work.position + lax.div(lines(), jnp.int32(geometry.group_rows))
     first = work.start if window is None else jnp.maximum(work.start, query + 1 - window)
     return first, jnp.minimum(work.end, query + 1)
+
+
+def mask(s, key, first, end):
+    """Scores [lines, tokens], -inf where a line's query does not look.
+
+    `key` is i32[lines, tokens], each column's key; `first` and `end` as from `seen_keys`, counted
+    like `key`.
+    """
+
+    def of_line(bound):
+        return bound if bound.ndim == 0 else lax.broadcast_in_dim(bound, s.shape, [0])
+
+    return jnp.where((key >= of_line(first)) & (key < of_line(end)), s, -jnp.inf)
