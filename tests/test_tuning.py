@@ -34,7 +34,7 @@ def card(monkeypatch, tmp_path):
 
 
 def seconds_of(by_tile):
-    return lambda shape, tile: by_tile.get(tile, 1.0)
+    return lambda shape, tiles: [by_tile.get(tile, 1.0) for tile in tiles]
 
 
 def test_no_tile_is_kept_that_no_card_has_measured():
@@ -109,8 +109,9 @@ def test_a_tile_must_be_right_at_every_shape_of_its_kind():
     second = tune.tiles_of(kernel_sm90, DECODE)[1]
     long = SHAPES["llama3.1-70b-decode-b1-c32768-p16"]
 
-    def measure(shape, tile):
-        return "wrong: 3" if (shape, tile) == (long, second) else 0.5 if tile == second else 1.0
+    def measure(shape, tiles):
+        of_second = "wrong: 3" if shape == long else 0.5
+        return [of_second if tile == second else 1.0 for tile in tiles]
 
     rows = list(tune.tune(kernel_sm90, [DECODE, long], measure))
     assert [row["status"] for row in rows if row["tile"] == second._asdict()] == ["wrong: 3"]
@@ -144,8 +145,7 @@ def test_a_tile_is_checked_before_it_is_timed(pages):
         return (out if tile == Tile() else 1.1 * out, *residuals)
 
     kernel = SimpleNamespace(attend=attend)
-    seconds = tune.measure_here(kernel, settings, shape, Tile())
+    seconds, fault = tune.measure_here(kernel, settings, shape, [Tile(), WIDE])
     assert isinstance(seconds, float) and seconds > 0
-    fault = tune.measure_here(kernel, settings, shape, WIDE)
     assert isinstance(fault, str) and fault.startswith("wrong: ")
     assert tiles == [Tile(), WIDE]

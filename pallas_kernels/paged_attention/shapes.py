@@ -102,16 +102,16 @@ class Shape:
         """Random arrays for the call; pages shuffled over the pool."""
         rng = np.random.default_rng(seed)
         arguments, found = self.arguments(), {}
-        for i, name in enumerate(("q", "k_pages", "v_pages")):
+        keys = iter(jax.random.split(jax.random.key(seed), 5))
+        for name in ("q", "k_pages", "v_pages"):
             wanted = arguments[name]
-            drawn = jax.random.normal(jax.random.key(3 * seed + i), wanted.shape, jnp.bfloat16)
+            drawn = jax.random.normal(next(keys), wanted.shape, jnp.bfloat16)
             # Quantised, most of the range is used, and nothing is out of it.
             drawn = (30 * drawn).clip(-127, 127) if wanted.dtype.name in QUANTISED else drawn
             found[name] = drawn.astype(wanted.dtype)
         if self.is_quantised:
-            for i, name in enumerate(("k_scales", "v_scales")):
-                key = jax.random.key(3 * seed + i)
-                found[name] = jax.random.uniform(key, arguments[name].shape, maxval=1 / 15)
+            for name in ("k_scales", "v_scales"):
+                found[name] = jax.random.uniform(next(keys), arguments[name].shape, maxval=1 / 15)
         num_live = -(-self.lengths() // self.page_size)
         table = np.full((self.num_rows, self.pages_per_row), self.num_pages, np.int32)
         shuffled = rng.permutation(self.num_pages).astype(np.int32)

@@ -36,8 +36,8 @@ CANDIDATES = tuple(
     for split_tokens in (512, 1024, 2048)
 )
 
-# Seconds of a tile at a shape, or a sentence why not.
-Measure = Callable[[Shape, Tile], float | str]
+# Seconds of each tile at a shape, or a sentence why not.
+Measure = Callable[[Shape, Sequence[Tile]], Sequence[float | str]]
 
 
 def kinds_of(kernel: Any, shapes: Sequence[Shape]) -> dict[tuning.Kind, list[Shape]]:
@@ -73,39 +73,37 @@ def tune(kernel: Any, shapes: Sequence[Shape], measure: Measure) -> Iterator[dic
 
     A tile that fails or is wrong at any shape of its kind has a `status` other than "ok".
     """
-    base: dict[str, float] = {}
-    first, *others = tiles_of(kernel, shapes[0])
-    best, best_ratio = first, 1.0
-    for tile in (first, *others):
-        seconds = {shape.name: measure(shape, tile) for shape in shapes}
-        faults = [found for found in seconds.values() if isinstance(found, str)]
-        times = {name: float(x) for name, x in seconds.items() if not isinstance(x, str)}
+    tiles = tiles_of(kernel, shapes[0])
+    by_shape = [measure(shape, tiles) for shape in shapes]
+    base, best, best_ratio = None, tiles[0], 1.0
+    for tile, *found in zip(tiles, *by_shape, strict=True):
+        faults = [fault for fault in found if isinstance(fault, str)]
+        logs = [math.log(seconds) for seconds in found if not isinstance(seconds, str)]
         row = {"tile": tile._asdict(), "status": faults[0] if faults else "ok", "ratio": None}
-        if tile == first:
-            base = times
-        if not faults and len(base) == len(shapes):
-            logs = [math.log(times[name] / base[name]) for name in times]
-            row["ratio"] = math.exp(sum(logs) / len(logs))
-            is_faster = row["ratio"] < min(best_ratio, 1 - MARGIN)
-            best, best_ratio = (tile, row["ratio"]) if is_faster else (best, best_ratio)
+        if not faults and tile == tiles[0]:
+            base = sum(logs)
+        if not faults and base is not None:
+            row["ratio"] = math.exp((sum(logs) - base) / len(logs))
+            if row["ratio"] < min(best_ratio, 1 - MARGIN):
+                best, best_ratio = tile, row["ratio"]
         yield row | {"is_best": False}
-    status = "ok" if len(base) == len(shapes) else "the heuristic's tile fails"
+    status = "the heuristic's tile fails" if base is None else "ok"
     yield {"tile": best._asdict(), "status": status, "ratio": best_ratio, "is_best": True}
 
 
-def measure_here(kernel: Any, settings: bench.Settings, shape: Shape, tile: Tile) -> float | str:
-    """The median seconds of a call on this card."""
-    sets = [
-        shape.make(settings.seed + i) for i in range(bench.num_sets(shape, settings.cache_bytes))
-    ]
-    options = {"sm_scale": shape.head_dim**-0.5, "soft_cap": None, "window": None, "tile": tile}
+def measure_here(
+    kernel: Any, settings: bench.Settings, shape: Shape, tiles: Sequence[Tile]
+) -> list[float | str]:
+    """Median seconds of a call on this card with each tile, all on the same input sets."""
+    options = {"sm_scale": shape.head_dim**-0.5, "soft_cap": None, "window": None}
 
-    def attend(q, cu_q_lens=None, **arrays):
-        return kernel.attend(q, cu_q_lens=cu_q_lens, **arrays, **options)[0].astype(q.dtype)
+    def attend(tile, q, cu_q_lens=None, **arrays):
+        out, *_ = kernel.attend(q, cu_q_lens=cu_q_lens, **arrays, **options, tile=tile)
+        return out.astype(q.dtype)
 
-    expected = [bench.expected_out(arrays) for arrays in sets]
-    result = bench.measure(bench.Case(attend), sets, expected, settings)
-    return result.times.median_s if result.times else result.status
+    cases = {str(tile): bench.Case(partial(attend, tile)) for tile in tiles}
+    rows = bench.bench(shape, cases, settings, copy_bytes_per_s=math.inf)
+    return [row["median_s"] if row["status"] == "ok" else row["status"] for row in rows]
 
 
 def define_flags() -> None:
