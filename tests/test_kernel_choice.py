@@ -36,7 +36,9 @@ def put_gpu(monkeypatch, attend, capability="9.0"):
     """Makes JAX say that it runs on a GPU whose kernel is `attend`."""
     card = SimpleNamespace(device_kind="a card", compute_capability=capability)
     monkeypatch.setattr(gpu, "card", lambda: card)
-    module = SimpleNamespace(attend=attend, check=kernel_sm90.check)
+    module = SimpleNamespace(
+        attend=attend, check=kernel_sm90.check, tile_of=lambda q, k_pages: TILE
+    )
     monkeypatch.setattr(gpu, "importlib", SimpleNamespace(import_module=lambda name: module))
 
 
@@ -89,6 +91,8 @@ def test_the_check_is_of_the_kind_of_call_that_is_asked_for(monkeypatch, shape):
     )
     assert against is None
     (found,) = checked
+    table_tokens = found["page_indices"].shape[1] * found["k_pages"].shape[2]
+    assert table_tokens > TILE.split_tokens  # several splits are folded
     assert found["k_pages"].shape[2:] == problem.k_pages.shape[2:]
     assert found["k_pages"].dtype == problem.k_pages.dtype and found["q"].dtype == problem.q.dtype
     assert (found["cu_q_lens"] is not None) == ("q_lens" in shape)

@@ -44,12 +44,14 @@ def kernel_of_card() -> ModuleType:
 def reason_against(q, k_pages, page_indices, *, is_ragged: bool) -> str | None:
     """Why a call with arrays of these shapes does not take the kernel unasked; None if it does."""
     try:
-        kernel_of_card().check(q, k_pages, page_indices, is_ragged=is_ragged)
+        kernel = kernel_of_card()
+        kernel.check(q, k_pages, page_indices, is_ragged=is_ragged)
     except (NotImplementedError, ValueError) as error:
         return str(error)
     group = q.shape[1] // k_pages.shape[1]
     page_size, head_dim = k_pages.shape[2:]
-    call = Call(q.dtype.name, k_pages.dtype.name, group, page_size, head_dim, is_ragged)
+    split = kernel.tile_of(q, k_pages).split_tokens
+    call = Call(q.dtype.name, k_pages.dtype.name, group, page_size, head_dim, is_ragged, split)
     return fault_here(call)
 
 
@@ -62,6 +64,7 @@ class Call(NamedTuple):
     page_size: int
     head_dim: int
     is_ragged: bool
+    split_tokens: int  # of the kernel's tile
 
 
 @functools.cache
@@ -93,8 +96,12 @@ def _largest_error(call: Call) -> float:
 
 
 def _step_of(call: Call) -> dict[str, jax.Array]:
-    """Rows of 5, 1 and 1 queries, or of one each, in shuffled pages; the table's rest is wild."""
-    lengths = np.array([21, 1, 70] if call.is_ragged else [21, 1, 70, 5, 33], np.int32)
+    """Rows of 5, 1 and 1 queries, or of one each, in shuffled pages; the table's rest is wild.
+
+    One is longer than a split, and with it the ring in shared memory is filled more than once.
+    """
+    long = call.split_tokens + 6
+    lengths = np.array([21, 1, long] if call.is_ragged else [21, 1, long, 5, 33], np.int32)
     num_live = -(-lengths // call.page_size)
     rng = np.random.default_rng(0)
     order = rng.permutation(num_live.sum() + 1).astype(np.int32)
@@ -119,9 +126,10 @@ def _step_of(call: Call) -> dict[str, jax.Array]:
         dead = 127 if dtype == jnp.int8 else np.nan  # int8 has no NaN
         step[name] = jnp.asarray(np.where(used[:, None, :, None], drawn, dead), dtype)
     if call.pages_dtype in QUANTISED:
-        scale = np.where(used.any(axis=1), 1 / size, np.nan).astype(np.float32)
-        scales = jnp.asarray(np.repeat(scale[:, None], num_kv_heads, axis=1))
-        step |= {"k_scales": scales, "v_scales": scales}
+        for name in ("k_scales", "v_scales"):  # no two alike, so that none can stand for another
+            drawn = rng.uniform(0.5, 1.0, (len(order), num_kv_heads)) / size
+            scales = np.where(used.any(axis=1)[:, None], drawn, np.nan)
+            step[name] = jnp.asarray(scales, jnp.float32)
     if call.is_ragged:
         step["cu_q_lens"] = jnp.array([0, 5, 6, 7], jnp.int32)
     return step
