@@ -19,7 +19,7 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     common.define_model_flags()
-    common.define_engine_flags()
+    common.define_engine_flags(prefix_cache=False)
     flags.adopt_module_key_flags(common)
     flags.DEFINE_string(
         "workload", None, "A JSONL file of requests; by default 32 prompts from ShareGPT."

@@ -27,7 +27,7 @@ STEPS_A_TURN = 4
 
 def define_flags() -> None:
     common.define_model_flags()
-    common.define_engine_flags()
+    common.define_engine_flags(prefix_cache=False)
     flags.adopt_module_key_flags(common)
     flags.DEFINE_integer("turns", 8, "How often each engine is timed.", lower_bound=1)
 

@@ -19,8 +19,8 @@ from absl import flags
 from jax import lax
 
 from experiments import common
-from jaxpage.config import EngineConfig
-from jaxpage.paging.allocator import ALLOCATORS, Allocator
+from jaxpage.config import EngineConfig, require
+from jaxpage.paging.allocator import ALLOCATORS, CACHED, Allocator
 from jaxpage.scheduling import state as scheduler_state
 from jaxpage.scheduling.policies import POLICIES
 from jaxpage.scheduling.state import WAITING, SchedulerState
@@ -37,12 +37,19 @@ def define_flags() -> None:
     flags.DEFINE_list("slots", ["64", "256", "1024", "4096"], "The numbers of slots to measure.")
     flags.DEFINE_list("pool_factors", ["1", "10"], "Pool sizes, as multiples of a full house.")
     flags.DEFINE_enum("allocator", "paged", sorted(ALLOCATORS), "Whose tables to measure.")
+    flags.DEFINE_enum(
+        "eviction", "off", ["off", *CACHED], "The prefix cache's eviction policy, or no cache."
+    )
     flags.DEFINE_enum("policy", "fcfs", sorted(POLICIES), "The order of requests.")
     flags.DEFINE_integer("steps", 64, "How many steps to time at once.", lower_bound=1)
 
 
 def main(_: list[str]) -> None:
     rows = []
+    allocator = ALLOCATORS[FLAGS.allocator]
+    if FLAGS.eviction != "off":
+        require(FLAGS.allocator == "paged", f"--allocator={FLAGS.allocator} keeps no prefixes")
+        allocator = CACHED[FLAGS.eviction]
     for num_slots in map(int, FLAGS.slots):
         for factor in map(int, FLAGS.pool_factors):
             config = EngineConfig(
@@ -53,7 +60,7 @@ def main(_: list[str]) -> None:
                 num_requests=2 * num_slots,
                 token_buckets=(max(512, 2 * num_slots),),
             )
-            rows.append(measure(config, ALLOCATORS[FLAGS.allocator]))
+            rows.append(measure(config, allocator))
             print(json.dumps(rows[-1]), flush=True)
     common.print_last_line({"rows": rows, **common.provenance()})
 
@@ -110,7 +117,9 @@ def _full_queue(config: EngineConfig, allocator: Allocator) -> SchedulerState:
     state = scheduler_state.create(config, allocator)
     final_lens = jnp.asarray(prompt_lens + output_lens)
     reserved_lens = allocator.reserve(jnp.asarray(prompt_lens), final_lens, config.max_seq_len)
+    tokens = rng.integers(0, 50_000, state.requests.tokens.shape).astype(np.int32)
     requests = state.requests.replace(
+        tokens=jnp.asarray(tokens),
         prompt_lens=jnp.asarray(prompt_lens),
         num_tokens=jnp.asarray(prompt_lens).copy(),
         final_lens=final_lens,

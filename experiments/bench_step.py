@@ -33,7 +33,7 @@ NEW_TOKENS = 96  # tokens generated before the step that is timed
 
 def define_flags() -> None:
     common.define_model_flags()
-    common.define_engine_flags()
+    common.define_engine_flags(prefix_cache=False)
     flags.adopt_module_key_flags(common)
     flags.DEFINE_integer("rounds", 10, "How often to time each part.", lower_bound=1)
 

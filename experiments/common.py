@@ -23,7 +23,7 @@ from jaxpage.engine.sizing import engine_config
 from jaxpage.engine.step import Setup
 from jaxpage.model.llama import AttentionFn
 from jaxpage.model.placement import serving_params
-from jaxpage.paging.allocator import ALLOCATORS
+from jaxpage.paging.allocator import ALLOCATORS, CACHED, Allocator
 from jaxpage.scheduling.policies import POLICIES
 from jaxpage.sim.workloads import bench_prompts
 from pallas_kernels.paged_attention import (
@@ -51,8 +51,8 @@ def define_model_flags() -> None:
     )
 
 
-def define_engine_flags(num_slots: int = 32) -> None:
-    """Flags for the capacities of an engine."""
+def define_engine_flags(num_slots: int = 32, prefix_cache: bool = True) -> None:
+    """Flags for the capacities of an engine, and how it serves."""
     flags.DEFINE_integer(
         "num_slots", num_slots, "How many sequences can run at once.", lower_bound=1
     )
@@ -67,10 +67,28 @@ def define_engine_flags(num_slots: int = 32) -> None:
         "Which implementation of attention to use; auto takes the best that works on this machine.",
     )
     flags.DEFINE_bool(
+        "prefix_cache",
+        prefix_cache,
+        "Keep the pages of sequences that ended, for prompts that begin alike; with pages only.",
+    )
+    flags.DEFINE_enum(
+        "eviction", "lru", list(CACHED), "Which page leaves the prefix cache when pages run short."
+    )
+    flags.DEFINE_bool(
         "batch_invariant",
         False,
         "Use one token bucket and fixed prompt chunks, so that outputs and their log probabilities "
         "are the same to the bit whoever shares the batch. This is slower.",
+    )
+
+
+def define_allocator_flag() -> None:
+    """Whose tables hold the KV."""
+    flags.DEFINE_enum(
+        "allocator",
+        "paged",
+        sorted(ALLOCATORS),
+        "How KV memory is given out: by pages, or reserved by one of the contiguous rules.",
     )
 
 
@@ -105,11 +123,16 @@ def engine_for(model: LoadedModel, params: dict, config: EngineConfig, allocator
     setup = Setup(
         model=model.config,
         engine=config,
-        allocator=ALLOCATORS[allocator],
+        allocator=allocator_named(allocator),
         policy=POLICIES[FLAGS.policy],
         attention=attention_named(FLAGS.attention),
     )
     return Engine(params, setup, jnp.dtype(FLAGS.dtype))
+
+
+def allocator_named(name: str) -> Allocator:
+    """The allocator, which keeps prefixes if it can and `--prefix_cache` says so."""
+    return CACHED[FLAGS.eviction] if name == "paged" and FLAGS.prefix_cache else ALLOCATORS[name]
 
 
 @functools.cache  # programs are compiled for each object

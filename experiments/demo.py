@@ -71,7 +71,7 @@ means over the steps in which requests wait for memory. s/token: mean of latency
 
 def define_flags() -> None:
     common.define_model_flags()
-    common.define_engine_flags(num_slots=NUM_SLOTS)
+    common.define_engine_flags(num_slots=NUM_SLOTS, prefix_cache=False)
     serve.define_serving_flags()
     for module in (common, serve):
         flags.adopt_module_key_flags(module)  # so that --help shows them

@@ -2,9 +2,11 @@
 
     python -m experiments.generate --prompts=IN.jsonl --out=OUT.jsonl --max_new_tokens=64
 
-Input lines are `{"id", "prompt"}` or `{"id", "prompt_ids"}`, with `"max_new_tokens"` and `"seed"`
-if wanted; output lines are `{"id", "prompt_ids", "output_ids", "text", "finish_reason"}` in input
-order. A request that cannot be served gets an `"error"` sentence and holds up no other.
+Input lines are `{"id", "prompt"}` or `{"id", "prompt_ids"}`, with `"max_new_tokens"`, `"seed"` and
+`"tenant"` if wanted; output lines are `{"id", "prompt_ids", "output_ids", "text", "finish_reason",
+"cached_tokens"}` in input order. Requests of one tenant share the pages of what their prompts have
+in common (`--prefix_cache`). A request that cannot be served gets an `"error"` sentence and holds
+up no other.
 """
 
 import json
@@ -40,12 +42,7 @@ def define_flags() -> None:
         "num_pages", None, "How many pages the pool has; by default enough for all slots."
     )
     flags.DEFINE_bool("logprobs", False, "Write the log probability of each output token as well.")
-    flags.DEFINE_enum(
-        "allocator",
-        "paged",
-        sorted(common.ALLOCATORS),
-        "How KV memory is given out: by pages, or reserved by one of the contiguous rules.",
-    )
+    common.define_allocator_flag()
 
 
 def main(_: list[str]) -> None:
@@ -133,6 +130,9 @@ def _fill(request: Request, line: dict, model: LoadedModel) -> Request:
         value = line.get(name, getattr(request, name))
         require(type(value) is int, f'"{name}" must be an integer, got {value!r:.80}')
         request = replace(request, **{name: value})
+    tenant = line.get("tenant", "")
+    require(type(tenant) is str, f'"tenant" must be a string, got {tenant!r:.80}')
+    request = replace(request, tenant=tenant)
     return request
 
 
@@ -163,7 +163,9 @@ def _output_line(result: Result, line: dict, model: LoadedModel) -> dict:
     }
     if result.error is not None:
         row |= {"output_ids": [], "text": "", "error": result.error}
-    elif FLAGS.logprobs:
+        return row
+    row["cached_tokens"] = result.num_cached_tokens
+    if FLAGS.logprobs:
         row["logprobs"] = result.logprobs
     return row
 
@@ -179,6 +181,7 @@ def _summary(results: list[Result], journal: Journal, compile_s: float) -> dict:
         "compile_s": compile_s,
         "steps": journal.num_steps,
         "preemptions": sum(result.num_preemptions for result in results),
+        "cached_prompt_tokens": sum(result.num_cached_tokens for result in results),
         **common.provenance(),
     }
 

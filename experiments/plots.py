@@ -57,6 +57,8 @@ REQUEST_COLOURS = (
 # How much of its colour a page shows: written; its request will write it; nobody ever will.
 WRITTEN, LATER, NEVER = 1.0, 0.42, 0.16
 
+CACHED_COLOUR, SHARED_COLOUR = "#dfe2e5", "#23272b"
+
 INK, FAINT = "#2b2f33", "#7a8087"
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -118,9 +120,15 @@ class Run:
 
     @cached_property
     def owners(self) -> tuple[np.ndarray, list[str]]:
+        """By step and page a number, i16[steps, P], and the requests that it names.
+
+        After them come "free", "cached" and "shared", in this order.
+        """
         """Which request owns each page, `i16[steps, P]`, and the ids that its numbers index."""
         with np.load(self.folder / "owners.npz") as arrays:
-            return arrays["owners"], [str(name) for name in arrays["request_ids"]]
+            names = [str(name) for name in arrays["request_ids"]]
+            owners, nobody = arrays["owners"], int(arrays["nobody"])
+        return np.where(owners < nobody, owners, owners - nobody + len(names)), names
 
 
 def read_run(folder: Path) -> Run:
@@ -239,7 +247,14 @@ def page_map(runs: Sequence[Run], path: Path) -> None:
                 (0.0, "free"),
             )
         ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+        handles += [
+            Patch(facecolor=colour, edgecolor=FAINT, linewidth=0.5, label=label)
+            for number, (colour, label) in enumerate(
+                ((CACHED_COLOUR, "cached, nobody's now"), (SHARED_COLOUR, "shared by several"))
+            )
+            if any(np.any(run.owners[0] == len(run.owners[1]) + 1 + number) for run in runs)
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
         several = "Runs are reserved for tokens that come late or never; pages come with the tokens"
         one = "Which request owns which page"
         _head(figure, (several if len(runs) > 1 else one) + " (one colour a request)")
@@ -277,13 +292,14 @@ def page_strengths(run: Run) -> np.ndarray:
 def _draw_map(axes: Axes, run: Run, last_s: float) -> None:
     owners, ids = run.owners
     palette = np.array([_rgb(REQUEST_COLOURS[i % len(REQUEST_COLOURS)]) for i in range(len(ids))])
-    palette = np.concatenate([palette, np.ones((1, 3))])  # nobody's pages are white
+    others = [np.ones(3), _rgb(CACHED_COLOUR), _rgb(SHARED_COLOUR)]  # free pages are white
+    palette = np.concatenate([palette.reshape(-1, 3), others])
     strengths = page_strengths(run)
     time_s = run.steps["time_s"]
     # Steps are not equally long; the picture's columns are.
     columns = np.linspace(0, time_s[-1], 1600, endpoint=False)
     step = np.minimum(np.searchsorted(time_s, columns, side="right"), len(time_s) - 1)
-    colour = palette[np.minimum(owners[step], len(ids))]
+    colour = palette[owners[step]]
     image = 1 - (1 - colour) * strengths[step][..., None]
     axes.imshow(
         image.transpose(1, 0, 2),

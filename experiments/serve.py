@@ -36,12 +36,7 @@ def define_flags() -> None:
     common.define_engine_flags(num_slots=64)
     flags.adopt_module_key_flags(common)
     define_serving_flags()
-    flags.DEFINE_enum(
-        "allocator",
-        "paged",
-        sorted(common.ALLOCATORS),
-        "How KV memory is given out: by pages, or reserved by one of the contiguous rules.",
-    )
+    common.define_allocator_flag()
 
 
 def define_serving_flags() -> None:
@@ -111,12 +106,13 @@ def serve_workload(engine: Engine, items: Sequence[WorkItem], folder: Path) -> d
             normalized_latencies_s=[r.normalized_latency_s for r in served],
         ),
         "compile_s": compile_s,
+        "cached_prompt_tokens": sum(r.num_cached_tokens for r in served),
         "kv_bytes": FLAGS.kv_bytes,
         "num_pages": config.num_pages,
         "page_size": config.page_size,
         **common.provenance(),
     }
-    _write_run(folder, results, journal, summary)
+    _write_run(folder, results, journal, summary, config.num_requests)
     return summary
 
 
@@ -128,7 +124,9 @@ def _advance(bar: tqdm) -> Callable[[Journal, int], None]:
     return on_progress
 
 
-def _write_run(folder: Path, results: list[Result], journal: Journal, summary: dict) -> None:
+def _write_run(
+    folder: Path, results: list[Result], journal: Journal, summary: dict, num_requests: int
+) -> None:
     steps = (
         record | {"time_s": time_s}
         for record, time_s in zip(journal.records, journal.step_times_s, strict=True)
@@ -140,6 +138,7 @@ def _write_run(folder: Path, results: list[Result], journal: Journal, summary: d
         folder / "owners.npz",
         owners=np.stack(journal.owners).astype(np.int16),
         request_ids=np.array([journal.request_ids[row] for row in rows]),
+        nobody=num_requests,
     )
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
@@ -152,6 +151,7 @@ def _request_row(result: Result) -> dict:
         "finish_reason": result.finish_reason,
         "error": result.error,
         "preemptions": result.num_preemptions,
+        "cached_tokens": result.num_cached_tokens,
         "first_token_s": result.first_token_s,
         "finish_s": result.finish_s,
         "normalized_latency_s_per_token": result.normalized_latency_s,

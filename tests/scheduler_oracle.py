@@ -175,9 +175,10 @@ class SchedulerOracle:
             victim.num_preemptions += 1
             del counts[victim.arrival]
         self._leave(victims)
+        self._take_pages(counts)
         if not victims:
             self._admit(counts, left)
-        return self._take_pages(counts, len(victims))
+        return self._planned(counts, len(victims))
 
     def commit(self) -> None:
         """Appends what the executor draws for each sequence whose tokens are all computed."""
@@ -227,6 +228,7 @@ class SchedulerOracle:
             if not self.memory.admit(empty[0], head, self._soon(head), owed):
                 return
             head.phase, head.slot = "running", empty[0]
+            self._take_pages({head.arrival: count})
             counts[head.arrival] = count
             left -= count
 
@@ -235,16 +237,19 @@ class SchedulerOracle:
         computed_at_end = sequence.ask.final_len - 1
         return max(len(sequence.tokens), min(len(sequence.tokens) + self.headroom, computed_at_end))
 
-    def _take_pages(self, counts: dict[int, int], num_preempted: int) -> Planned:
+    def _take_pages(self, counts: dict[int, int]) -> None:
         by_slot = [self.in_slot(slot) for slot in range(self.num_slots)]
-        taken = [counts[s.arrival] if s else 0 for s in by_slot]
+        taken = [counts.get(s.arrival, 0) if s else 0 for s in by_slot]
         assert set(self.memory.table.append(taken)) == {status.OK}
-        for sequence in by_slot:
+        for sequence, count in zip(by_slot, taken, strict=True):
             if sequence:
-                sequence.computed += counts[sequence.arrival]
+                sequence.computed += count
+
+    def _planned(self, counts: dict[int, int], num_preempted: int) -> Planned:
+        by_slot = [self.in_slot(slot) for slot in range(self.num_slots)]
         return Planned(
             arrivals=[s.arrival if s else None for s in by_slot],
-            counts=taken,
+            counts=[counts[s.arrival] if s else 0 for s in by_slot],
             samples=[s is not None and self._samples(s) for s in by_slot],
             lengths=[s.computed if s else 0 for s in by_slot],
             page_indices=self.memory.table.page_indices(),

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 
 from jaxpage.config import EngineConfig
 from jaxpage.paging import contiguous, page_table, status
-from jaxpage.paging.allocator import ALLOCATORS, Table
+from jaxpage.paging.allocator import ALLOCATORS, Prompt, Table
 from jaxpage.scheduling.accounting import StepRecord, measure_memory
 
-SHARES = ("token_states", "reservation", "internal", "external", "idle")
+SHARES = ("token_states", "reservation", "internal", "external", "cached", "idle")
 CONFIG = EngineConfig(
     num_slots=4, num_pages=13, page_size=3, pages_per_slot=5, num_requests=6, token_buckets=(4,)
 )
@@ -87,9 +87,9 @@ def test_the_shares_are_those_of_counting_and_add_up_to_the_pool(name):
             final = min(prompt + outputs, CONFIG.max_seq_len)
             known = min(written, final)
             reserved = int(reserve(i32(prompt), i32(final), CONFIG.max_seq_len))
-            numbers = (i32(number) for number in (slot, known, reserved, 0))
-            table, outcome = admit(table, *numbers)
-            if outcome != status.OK:
+            prompt = Prompt(i32([0] * 15), *(i32(n) for n in (known, 0, known, reserved)))
+            table, outcome = admit(table, i32(slot), prompt, i32(0))
+            if outcome.status != status.OK:
                 continue
             table, _ = append(table, i32(np.where(np.arange(4) == slot, known, 0)))
             slots[slot] = order[slot]
@@ -102,7 +102,7 @@ def test_the_shares_are_those_of_counting_and_add_up_to_the_pool(name):
 
     check()
     # Pages fit to a page, and the Oracle never reserves what is not used.
-    assert met == set(SHARES) - ({"internal"} if name == "oracle" else set())
+    assert met == set(SHARES) - {"cached"} - ({"internal"} if name == "oracle" else set())
 
 
 # --- the paper's example -------------------------------------------------------------------------
@@ -128,6 +128,7 @@ def test_figure_3_has_the_papers_numbers():
         "reservation": 2 + 1,
         "internal": 2038 + 507,
         "external": 4096 - 2048 - 512,
+        "cached": 0,
         "idle": 0,
     }
     only_a = shares_of(table, PAPER_FINALS, [0, 2], num_waiting=1)
@@ -152,6 +153,7 @@ def test_pages_waste_at_most_the_rest_of_the_last_page_on_figure_3():
         "reservation": 3,
         "internal": 16 - 10 + 16 - 5,
         "external": 4096 - 32,
+        "cached": 0,
         "idle": 0,
     }
 
@@ -161,11 +163,22 @@ def test_the_buddys_rounding_is_external_even_when_nobody_waits():
     table, _ = contiguous.reserve(table, i32(0), i32(9))  # five pages, held as eight
     table, _ = contiguous.append(table, i32([4]))
     shares = shares_of(table, [9], [0], num_waiting=0)
-    assert shares == dict(zip(SHARES, (4, 5, 0, 7, 0), strict=True))
+    assert shares == dict(zip(SHARES, (4, 5, 0, 7, 0, 0), strict=True))
 
 
 def test_a_prompt_in_the_middle_of_its_parts_reserves_no_more_than_its_pages():
     table = page_table.create(1, 8, 8, 4)
     table, _ = page_table.append(table, i32([6]))  # of a prompt of 20
     shares = shares_of(table, [25], [0], num_waiting=0)
-    assert shares == dict(zip(SHARES, (6, 2, 0, 0, 24), strict=True))
+    assert shares == dict(zip(SHARES, (6, 2, 0, 0, 0, 24), strict=True))
+
+
+def test_a_page_that_several_sequences_hold_counts_once():
+    table = page_table.create(4, 5, 12, 4)
+    table, _ = page_table.append(table, i32([6, 0, 0, 3]))
+    table = page_table.fork(table, i32(0), i32(1))
+    table = page_table.share(table, i32(0), i32(2), i32(4))
+    table, _ = page_table.append(table, i32([0, 0, 1, 0]))
+    # Rows 0 and 1 hold two pages with 6 tokens, row 2 the first of them and one with 1.
+    shares = shares_of(table, [20, 6, 20, 3], [0, 1, 2, 3], num_waiting=0)
+    assert shares == dict(zip(SHARES, (6 + 1 + 3, 2 + 3, 1, 0, 0, 32), strict=True))

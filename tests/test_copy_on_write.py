@@ -141,10 +141,11 @@ def test_a_page_is_copied_in_every_layer_and_nothing_else_is(jitted):
     keys, values = (rng.standard_normal((3, 6, 2, 4, 8)).astype(np.float32) for _ in range(2))
     pool = KvPool(jnp.asarray(keys), jnp.asarray(values))
     copy = jax.jit(kv_pool.copy_pages) if jitted else kv_pool.copy_pages
-    copied = copy(pool, i32([6, 1, 6, 1, 4]), i32([6, 0, 6, 5, 3]))
+    # Page 4 is copied, and then written over; the last pair is past the count.
+    copied = copy(pool, i32([1, 4, 1, 5, 2]), i32([0, 3, 4, 4, 2]), i32(4))
     for before, after in ((keys, copied.keys), (values, copied.values)):
         want = before.copy()
-        want[:, [0, 5, 3]] = before[:, [1, 1, 4]]
+        want[:, [0, 3, 4]] = before[:, [1, 4, 5]]
         np.testing.assert_array_equal(after, want)
 
 

@@ -18,7 +18,7 @@ from jaxpage.config import EngineConfig
 from jaxpage.engine.host import Engine, Request, Result
 from jaxpage.engine.step import Setup
 from jaxpage.model.placement import serving_params
-from jaxpage.paging.allocator import ALLOCATORS
+from jaxpage.paging.allocator import ALLOCATORS, CACHED
 from jaxpage.scheduling.policies import POLICIES
 from pallas_kernels.paged_attention import paged_attention
 
@@ -45,7 +45,7 @@ def smollm2():
 def build(
     page_size: int,
     num_pages: int,
-    allocator: str = "paged",
+    allocator: str = "paged",  # or an eviction policy, for pages with a prefix cache
     batch_invariant: bool = False,
     policy: str = "fcfs",
 ) -> Engine:
@@ -59,7 +59,9 @@ def build(
         token_buckets=(32,) if batch_invariant else (8, 96),
         batch_invariant=batch_invariant,
     )
-    setup = Setup(model, config, ALLOCATORS[allocator], POLICIES[policy], paged_attention)
+    setup = Setup(
+        model, config, (ALLOCATORS | CACHED)[allocator], POLICIES[policy], paged_attention
+    )
     return Engine(params, setup, jnp.float32)
 
 
@@ -73,7 +75,7 @@ def check(results: list[Result]) -> None:
 def check_nothing_is_held(engine: Engine) -> None:
     table = engine.state.scheduler.table
     assert not np.any(np.asarray(engine.setup.allocator.violations(table)))
-    assert int(table.num_free) == engine.setup.engine.num_pages
+    assert int(table.num_free + table.num_cached) == engine.setup.engine.num_pages
 
 
 def pool_of(tokens: int, page_size: int) -> int:
@@ -97,6 +99,50 @@ def test_a_pool_so_small_that_it_preempts_changes_no_token(page_size):
     check_nothing_is_held(engine)
     assert sum(result.num_preemptions for result in results) > 0
     assert sum(record["num_preempted"] for record in journal.records) > 0
+
+
+def check_with_prefix_cache(eviction: str, page_size: int, policy: str = "fcfs") -> int:
+    """Three rounds in a pool that preempts and evicts; returns the tokens found in the cache."""
+    longest = pool_of(LONGEST, page_size)
+    engine = build(page_size, longest * 3 // 2, eviction, policy=policy)
+    num_found, num_preempted = 0, 0
+    for requests in (REQUESTS, REQUESTS[::-1], [r for r in REQUESTS for _ in range(2)]):
+        named = [replace(request, id=str(i)) for i, request in enumerate(requests)]
+        results, journal = engine.serve(named)
+        check([replace(result, request=r) for result, r in zip(results, requests, strict=True)])
+        num_found += sum(record["num_found"] for record in journal.records)
+        num_preempted += sum(record["num_preempted"] for record in journal.records)
+        check_nothing_is_held(engine)
+    assert num_preempted > 0
+    return num_found
+
+
+@pytest.mark.parametrize(("eviction", "page_size"), [("lru", 16), ("fifo", 4), ("lfu", 1)])
+def test_a_prefix_cache_in_a_small_pool_changes_no_token(eviction, page_size):
+    assert check_with_prefix_cache(eviction, page_size) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("page_size", [1, 4, 8, 16, 64])
+@pytest.mark.parametrize("eviction", CACHED)
+def test_no_combination_with_a_prefix_cache_changes_a_token(eviction, page_size, policy):
+    found = check_with_prefix_cache(eviction, page_size, policy)
+    assert found > 0 or page_size == 64
+
+
+def test_a_prompt_of_a_page_or_more_is_found_again_but_for_its_last_token():
+    engine = build(16, pool_of(8 * LONGEST, 16), "lru")
+    check(engine.serve(REQUESTS)[0])
+    again, journal = engine.serve(REQUESTS)
+    check(again)
+    for result in again:
+        most = len(result.request.prompt_ids) - 1
+        assert result.num_cached_tokens == (most if most >= 16 else 0)
+    assert sum(record["num_found"] for record in journal.records) > 0
+    strangers, _ = engine.serve([replace(request, tenant="another") for request in REQUESTS])
+    check(strangers)
+    assert all(result.num_cached_tokens == 0 for result in strangers)
 
 
 @pytest.mark.parametrize("allocator", ["max", "pow2", "oracle"])

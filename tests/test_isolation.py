@@ -20,10 +20,10 @@ def keep_only(engine: Engine, is_kept) -> None:
 
 
 def owned_pages(engine: Engine):
-    """Pages that a row names, `bool[P]`."""
-    indices = engine.state.scheduler.table.page_indices
-    num_pages = engine.setup.engine.num_pages
-    return page_table.page_owners(indices, num_pages) < indices.shape[0]
+    """Pages that a row names, or the prefix cache, `bool[P]`."""
+    table = engine.state.scheduler.table
+    owners = page_table.page_owners(table.page_indices, table.num_pages)
+    return (owners < table.page_indices.shape[0]) | table.is_cached
 
 
 def run(engine: Engine, requests, is_poisoned: bool) -> tuple[list, int]:
@@ -44,7 +44,8 @@ def run(engine: Engine, requests, is_poisoned: bool) -> tuple[list, int]:
 
 
 @pytest.mark.parametrize(
-    ("allocator", "num_pages"), [("paged", 24), ("paged", 10), ("oracle", 32), ("max", 32)]
+    ("allocator", "num_pages"),
+    [("paged", 24), ("paged", 10), ("lru", 24), ("lru", 10), ("oracle", 32), ("max", 32)],
 )
 def test_what_a_freed_page_holds_changes_nothing(allocator, num_pages):
     config = replace(CONFIG, num_pages=num_pages, headroom_pages=0)
@@ -83,3 +84,19 @@ def test_sequences_that_share_a_prompts_pages_go_on_as_if_each_had_its_own(promp
 
     shared = run(True)
     assert shared == run(False) and shared[0] != shared[1]
+
+
+def test_tenants_share_no_page_and_print_the_same():
+    prompt = PROMPTS[-1]
+    asked = [
+        Request(str(i), prompt, 5, ignore_eos=True, tenant=tenant)
+        for i, tenant in enumerate(("a", "b", "a", "b", ""))
+    ]
+    engine = build(setup_of(allocator="lru"))
+    found, tokens = [], set()
+    for request in asked:
+        (result,), _ = engine.serve([request])
+        found.append(result.num_cached_tokens)
+        tokens.add(tuple(result.output_ids))
+    assert found == [0, 0, len(prompt) - 1, len(prompt) - 1, 0]
+    assert len(tokens) == 1

@@ -11,13 +11,13 @@ CONFIG = EngineConfig(
 
 
 def record(num_tokens: int, num_running: int, num_waiting: int, *memory: int) -> dict[str, int]:
-    names = ("token_states", "reservation", "internal", "external", "idle")
+    names = ("token_states", "reservation", "internal", "external", "idle", "cached")
     return {
         "num_tokens": num_tokens,
         "num_running": num_running,
         "num_waiting": num_waiting,
         "num_preempted": 0,
-        **dict(zip(names, memory, strict=True)),
+        **dict(zip(names, (*memory, 0), strict=True)),
     }
 
 

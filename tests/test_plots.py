@@ -34,7 +34,7 @@ def write_run(folder, allocator: str, owners, requests, time_s=None) -> None:
     for name, lines in (("steps", steps), ("requests", rows)):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     ids = np.array([row["id"] for row in rows])
-    np.savez_compressed(folder / "owners.npz", owners=owners, request_ids=ids)
+    np.savez_compressed(folder / "owners.npz", owners=owners, request_ids=ids, nobody=len(ids))
 
 
 def write_demo(folder) -> None:

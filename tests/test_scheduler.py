@@ -116,7 +116,7 @@ def assert_sound(
     assert (record.num_running, record.num_waiting) == (len(counts), len(open_) - len(counts))
     shares = (record.token_states, record.reservation, record.internal, record.external)
     assert min(shares) >= 0
-    assert sum(shares) + record.idle == config.num_pages * config.page_size
+    assert sum(shares) + record.idle + record.cached == config.num_pages * config.page_size
 
     met = {oracle.sequences[number].reason for number in counts}
     met |= {"preempted"} if plan.num_preempted else set()

@@ -9,7 +9,7 @@ from jaxpage.engine.step import Setup
 from jaxpage.model.params import init_params
 from jaxpage.model.placement import serving_params
 from jaxpage.model.presets import PRESETS
-from jaxpage.paging.allocator import ALLOCATORS
+from jaxpage.paging.allocator import ALLOCATORS, CACHED
 from jaxpage.scheduling.policies import POLICIES
 from pallas_kernels.paged_attention import paged_attention
 
@@ -29,7 +29,7 @@ REQUESTS = [Request(str(i), ids, 9, ignore_eos=True) for i, ids in enumerate(PRO
 def setup_of(
     config: EngineConfig = CONFIG, model: ModelConfig = TINY, allocator="paged", policy="fcfs"
 ) -> Setup:
-    return Setup(model, config, ALLOCATORS[allocator], POLICIES[policy], paged_attention)
+    return Setup(model, config, (ALLOCATORS | CACHED)[allocator], POLICIES[policy], paged_attention)
 
 
 def params_of(model: ModelConfig = TINY, dtype=jnp.float32):

@@ -39,6 +39,7 @@ class Request:
     repetition_penalty: float = 1.0
     seed: int = 0
     ignore_eos: bool = False
+    tenant: str = ""  # only requests of the same share cached pages
     arrival_s: float = 0.0  # after the start of serving
 
 
@@ -52,6 +53,7 @@ class Result:
     finish_reason: str = "error"
     error: str | None = None
     num_preemptions: int = 0
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
     first_token_s: float = float("nan")
     finish_s: float = float("nan")
 
@@ -96,6 +98,7 @@ class Engine:
         device = next(iter(jax.tree.leaves(params)[0].devices()))
         self.state = jax.device_put(step.create(setup, kv_dtype), device)
         self._num_submitted = 0
+        self._salts: dict[str, int] = {}  # by tenant; a number each, so that none can collide
 
     def compile(self) -> float:
         """Compiles all that serving needs and returns the seconds that it took."""
@@ -231,6 +234,7 @@ class Engine:
             max_len=self.setup.engine.max_seq_len,
             arrival=self._num_submitted,
             ignore_eos=request.ignore_eos,
+            salt=self._salts.setdefault(request.tenant, len(self._salts)),
             sampling=Sampling(
                 temperature=jnp.float32(request.temperature),
                 top_k=jnp.int32(request.top_k),
@@ -302,6 +306,7 @@ def _result(request: Request, row: int, known: Requests, journal: Journal) -> Re
         finish_reason=reason,
         error="the model gave logits that are not finite" if reason == "error" else None,
         num_preemptions=int(known.num_preemptions[row]),
+        num_cached_tokens=int(known.cached_lens[row]),
         first_token_s=time_of(known.first_steps),
         finish_s=time_of(known.final_steps),
     )

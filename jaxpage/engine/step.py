@@ -42,7 +42,7 @@ class StepLog(struct.PyTreeNode):
     """Records of the steps since the host last read, in a buffer of `log_steps` rows."""
 
     records: StepRecord  # i32[log_steps] each
-    owners: jax.Array  # i32[log_steps, P], request by page, R for none; [log_steps, 0] if not kept
+    owners: jax.Array  # i32[log_steps, P], see `owners_of_pages`; [log_steps, 0] if not kept
     count: jax.Array  # i32[], rows filled
 
 
@@ -84,7 +84,7 @@ def execute(
     params: Params, pool: KvPool, plan: Plan, requests: Requests, setup: Setup
 ) -> tuple[KvPool, Outcome]:
     """Carries out a plan with the model: copies and writes KV, samples where the plan says so."""
-    pool = kv_pool.copy_pages(pool, plan.sources, plan.targets)
+    pool = kv_pool.copy_pages(pool, *plan.copies)
     buckets = setup.engine.token_buckets
     chosen = _smallest_holding(plan.num_tokens, buckets)
     branches = [partial(_forward_bucket, bucket, setup) for bucket in buckets]
@@ -203,8 +203,17 @@ def _write_log(
     records = jax.tree.map(lambda kept, new: kept.at[log.count].set(new), log.records, record)
     owners = log.owners
     if config.record_page_map:
-        slots = page_table.page_owners(plan.page_indices, config.num_pages)
-        nobody = scheduler.requests.phases.shape[0]
-        requests = scheduler.slots.at[slots].get(mode="fill", fill_value=nobody)
-        owners = owners.at[log.count].set(requests)
+        owners = owners.at[log.count].set(owners_of_pages(scheduler))
     return StepLog(records=records, owners=owners, count=log.count + 1)
+
+
+def owners_of_pages(scheduler: SchedulerState) -> jax.Array:
+    """The request that holds each page, `i32[P]`; `R` if none does.
+
+    `R + 1` is a page that is cached and held by none, `R + 2` one that several hold.
+    """
+    table, nobody = scheduler.table, scheduler.requests.phases.shape[0]
+    slots = page_table.page_owners(table.page_indices, table.num_pages)
+    owners = scheduler.slots.at[slots].get(mode="fill", fill_value=nobody)
+    owners = jnp.where(table.is_cached, nobody + 1, owners)
+    return jnp.where(table.is_shared, nobody + 2, owners)

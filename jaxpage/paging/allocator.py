@@ -7,27 +7,42 @@ tokens come and may run out while sequences run; a contiguous one reserves at ad
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxpage.config import EngineConfig
-from jaxpage.paging import contiguous, page_table, status
+from jaxpage.paging import contiguous, page_table, prefix_cache, prefix_index, status
 from jaxpage.paging.contiguous import ContiguousTable, ReserveFn
+from jaxpage.paging.eviction import EVICTION_POLICIES, ScoreFn
 from jaxpage.paging.page_table import Appended, PageTable, num_pages_for
+from jaxpage.paging.prefix_cache import Found, PrefixCache
+from jaxpage.paging.prefix_index import HashFn
 
-Table = PageTable | ContiguousTable
+Table = PageTable | PrefixCache | ContiguousTable
+
+
+class Prompt(NamedTuple):
+    """A sequence that is to be admitted, and the memory that it is to have."""
+
+    tokens: jax.Array  # i32[N], of which `num_tokens` are known
+    num_tokens: jax.Array  # i32[]
+    salt: jax.Array  # i32[], of those who may share with it
+    soon: jax.Array  # i32[], tokens that it will have before long
+    reserved: jax.Array  # i32[], tokens whose memory it is given if all is given at once
 
 
 @dataclass(frozen=True)
 class Allocator[T]:
     """The verbs of one kind of table, `T`.
 
-    `admit(table, row, soon, reserved, owed)` readies an empty row for a sequence that will have
-    `soon` tokens before long and is to have memory for `reserved` if it is given at once; `owed`
-    pages are promised to others. It returns the table and a status.
+    `admit(table, row, prompt, owed)` readies an empty row for a sequence; `owed` pages are promised
+    to others. It returns the table and what it found of the sequence's tokens.
     `append(table, counts, max_new_pages)` makes room for tokens, as in `page_table.append`, and
     returns the table and what `page_table.Appended` says.
+    `enter(table, tokens, sequences, salts)` makes full pages findable for `admit`, row
+    `b` being sequence `sequences[b]` of `tokens: i32[R, N]`; `settle(table)` ends a step.
     `fitting(table, order, counts)` says which rows could append `counts` at once if all rows after
     them in `order` gave up their pages: a prefix of the order, `bool[B]`.
     `grows` says whether memory is taken page by page, or all at admission in a power of two pages.
@@ -38,28 +53,52 @@ class Allocator[T]:
 
     grows: bool
     create: Callable[[EngineConfig], T]
-    admit: Callable[..., tuple[T, jax.Array]]
+    admit: Callable[[T, jax.Array, Prompt, jax.Array], tuple[T, Found]]
     append: Callable[..., tuple[T, Appended]]
     fitting: Callable[[T, jax.Array, jax.Array], jax.Array]
     release: Callable[[T, jax.Array], T]
     violations: Callable[[T], jax.Array]
     name: str = field(compare=False)
     reserve: ReserveFn = field(compare=False)
+    enter: Callable[..., T] = lambda table, *_: table
+    settle: Callable[[T], T] = lambda table: table
 
 
 def _create(create: Callable, config: EngineConfig):
     return create(config.num_slots, config.pages_per_slot, config.num_pages, config.page_size)
 
 
-def _admit_paged(table: PageTable, row, soon, reserved, owed):
-    del row, reserved
-    enough = num_pages_for(soon, table.page_size) <= table.num_free - owed
-    return table, jnp.where(enough, status.OK, status.OUT_OF_PAGES)
+def _admit_paged(table: PageTable, row, prompt: Prompt, owed):
+    del row
+    enough = num_pages_for(prompt.soon, table.page_size) <= table.num_free - owed
+    return table, _found_nothing(jnp.where(enough, status.OK, status.OUT_OF_PAGES), table)
 
 
-def _admit_contiguous(table: ContiguousTable, row, soon, reserved, owed):
-    del soon, owed
-    return contiguous.reserve(table, row, reserved)
+def _admit_contiguous(table: ContiguousTable, row, prompt: Prompt, owed):
+    del owed
+    table, outcome = contiguous.reserve(table, row, prompt.reserved)
+    return table, _found_nothing(outcome, table)
+
+
+def _found_nothing(outcome: jax.Array, table: PageTable | ContiguousTable) -> Found:
+    none = jnp.asarray(table.num_pages, jnp.int32)
+    return Found(outcome, num_tokens=jnp.asarray(0, jnp.int32), source=none, target=none)
+
+
+def _admit_cached(
+    cache: PrefixCache, row, prompt: Prompt, owed, *, score: ScoreFn, hash_fn: HashFn
+):
+    return prefix_cache.admit(
+        cache,
+        row,
+        prompt.tokens,
+        prompt.num_tokens,
+        prompt.salt,
+        prompt.soon,
+        owed,
+        score=score,
+        hash_fn=hash_fn,
+    )
 
 
 def _append_contiguous(table: ContiguousTable, counts: jax.Array, max_new_pages=None):
@@ -85,6 +124,29 @@ PAGED: Allocator[PageTable] = Allocator(
     violations=page_table.violations,
     reserve=contiguous.reserve_oracle,
 )
+
+
+def with_prefix_cache(score: ScoreFn, hash_fn: HashFn = prefix_index.mix) -> Allocator[PrefixCache]:
+    """Paged, with pages kept after their sequences, which leave in the order of `score`."""
+    return Allocator(
+        name="paged",
+        grows=True,
+        create=partial(_create, prefix_cache.create),
+        admit=partial(_admit_cached, score=score, hash_fn=hash_fn),
+        append=partial(prefix_cache.append, score=score),
+        fitting=prefix_cache.fitting,
+        release=partial(prefix_cache.release, score=score),
+        violations=prefix_cache.violations,
+        reserve=contiguous.reserve_oracle,
+        enter=partial(prefix_cache.enter, hash_fn=hash_fn),
+        settle=prefix_cache.settle,
+    )
+
+
+# By eviction policy. Each is one object: what is compiled for it is found again.
+CACHED: dict[str, Allocator[PrefixCache]] = {
+    name: with_prefix_cache(score) for name, score in EVICTION_POLICIES.items()
+}
 
 ORACLE: Allocator[ContiguousTable] = Allocator(
     name="oracle",

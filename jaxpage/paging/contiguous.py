@@ -76,6 +76,26 @@ class ContiguousTable(struct.PyTreeNode):
         return jnp.where(self.orders < 0, 0, jnp.left_shift(1, jnp.maximum(self.orders, 0)))
 
     @property
+    def num_cached(self) -> jax.Array:
+        """Pages kept for later sequences, `i32[]`: none."""
+        return jnp.asarray(0, jnp.int32)
+
+    @property
+    def is_cached(self) -> jax.Array:
+        """Pages kept for later sequences, `bool[P]`: none."""
+        return jnp.zeros((self.num_pages,), jnp.bool_)
+
+    @property
+    def is_shared(self) -> jax.Array:
+        """Pages that several rows hold, `bool[P]`: none."""
+        return jnp.zeros((self.num_pages,), jnp.bool_)
+
+    @property
+    def is_first_holder(self) -> jax.Array:
+        """Rows that are the first to hold their last page, `bool[B]`: nothing is shared."""
+        return jnp.ones(self.lengths.shape, jnp.bool_)
+
+    @property
     def num_free(self) -> jax.Array:
         """Pages in no run, `i32[]`."""
         return self.num_pages - jnp.sum(self.held_pages)

@@ -12,7 +12,6 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxpage.config import EngineConfig, ModelConfig
-from jaxpage.paging import ragged
 from pallas_kernels.kv_write import write_kv
 
 
@@ -71,25 +70,20 @@ def write(
     return KvPool(*(pages.reshape(pool.keys.shape) for pages in written))
 
 
-def copy_pages(pool: KvPool, sources: jax.Array, targets: jax.Array) -> KvPool:
-    """Copies page `sources[i]` to page `targets[i]` in all layers, for `i32[n]` each.
+def copy_pages(pool: KvPool, sources: jax.Array, targets: jax.Array, count: jax.Array) -> KvPool:
+    """Copies page `sources[i]` to page `targets[i]`, `i32[n]` each, in all layers, for `i < count`.
 
-    Pairs of `P` copy nothing, and cost nothing: the loop takes one copy a turn, in place. No target
-    may be the source of another pair.
+    One after the other, in place: a page may be read, and then be written by a later copy.
     """
-    live = targets < pool.num_pages
-    pair = ragged.expand(live.astype(jnp.int32), live.shape[0]).row
 
     def copy(turn, pool):
-        source, target = sources[pair[turn]], targets[pair[turn]]
-
         def move(pages):
-            page = lax.dynamic_slice_in_dim(pages, source, 1, axis=1)
-            return lax.dynamic_update_slice_in_dim(pages, page, target, axis=1)
+            page = lax.dynamic_slice_in_dim(pages, sources[turn], 1, axis=1)
+            return lax.dynamic_update_slice_in_dim(pages, page, targets[turn], axis=1)
 
         return jax.tree.map(move, pool)
 
-    return lax.fori_loop(0, jnp.sum(live, dtype=jnp.int32), copy, pool)
+    return lax.fori_loop(0, count, copy, pool)
 
 
 def pages_of_layer(

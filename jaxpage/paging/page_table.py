@@ -13,6 +13,7 @@ from flax import struct
 from jax import lax
 
 from jaxpage.paging import ragged, status
+from jaxpage.paging.in_place import first_read
 
 
 class PageTable(struct.PyTreeNode):
@@ -45,6 +46,28 @@ class PageTable(struct.PyTreeNode):
     def reserved_tokens(self) -> jax.Array:
         """Tokens that each row's memory could hold, `i32[B]`."""
         return self.held_pages * self.page_size
+
+    @property
+    def num_cached(self) -> jax.Array:
+        """Pages that nobody holds and that are not free, `i32[]`: none, without a prefix cache."""
+        return jnp.asarray(0, jnp.int32)
+
+    @property
+    def is_cached(self) -> jax.Array:
+        """Pages that nobody holds and that are not free, `bool[P]`: none."""
+        return jnp.zeros(self.ref_counts.shape, jnp.bool_)
+
+    @property
+    def is_shared(self) -> jax.Array:
+        """Pages that several rows hold, `bool[P]`."""
+        return self.ref_counts > 1
+
+    @property
+    def is_first_holder(self) -> jax.Array:
+        """Rows before which no row holds their last page, `bool[B]`; empty ones too."""
+        last = jnp.take_along_axis(self.page_indices, _last_column(self)[:, None], 1)[:, 0]
+        owners = self.ref_counts.at[last].get(mode="fill", fill_value=0)
+        return _copies(last, owners)[1] == last.shape[0]
 
 
 class Appended(NamedTuple):
@@ -87,26 +110,16 @@ def append(
     the last owner writes in place. `max_new_pages` bounds the pages of one call (by default `P`), a
     static number that the work follows.
     """
-    pages_per_slot, null = table.page_indices.shape[1], table.num_pages
+    null = table.num_pages
     capacity = null if max_new_pages is None else max_new_pages
-    lengths, held = table.lengths + counts, table.held_pages
-    too_long = lengths > pages_per_slot * table.page_size
+    lengths, held, last = table.lengths + counts, table.held_pages, _last_column(table)
+    needs, table = first_read(_needs(table, counts), table)
+    demand, copies = needs.demand, needs.copies
 
-    last = jnp.maximum(held - 1, 0)
-    writes = (counts > 0) & (table.lengths % table.page_size != 0) & ~too_long
-    last_page = jnp.where(
-        writes, jnp.take_along_axis(table.page_indices, last[:, None], 1)[:, 0], null
-    )
-    copies, before = _copies(
-        last_page, table.ref_counts.at[last_page].get(mode="fill", fill_value=0)
-    )
-
-    demand = num_pages_for(lengths, table.page_size) - held + copies
-    demand = jnp.where(too_long, 0, demand)
     available = jnp.minimum(table.num_free, capacity)
     starved = (demand > 0) & (jnp.cumsum(demand) > available)
     # Whoever counted on a copy that an earlier row does not get is not the last owner.
-    starved |= starved.at[before].get(mode="fill", fill_value=False)
+    starved |= starved.at[needs.before].get(mode="fill", fill_value=False)
 
     granted = jnp.where(starved, 0, demand)
     new = ragged.expand(granted, capacity)
@@ -117,10 +130,10 @@ def append(
     page_indices = table.page_indices.at[new.row, column].set(page, mode="drop")
 
     row_status = jnp.where(
-        too_long, status.SLOT_FULL, jnp.where(starved, status.OUT_OF_PAGES, status.OK)
+        needs.too_long, status.SLOT_FULL, jnp.where(starved, status.OUT_OF_PAGES, status.OK)
     )
     copied = (copies > 0) & (row_status == status.OK)
-    sources = jnp.where(copied, last_page, null)
+    sources = jnp.where(copied, needs.last_page, null)
     targets = jnp.where(copied, jnp.take_along_axis(page_indices, last[:, None], 1)[:, 0], null)
     table = table.replace(
         page_indices=page_indices,
@@ -129,6 +142,38 @@ def append(
         num_free=table.num_free - jnp.sum(granted),
     )
     return table, Appended(row_status, sources, targets)
+
+
+class _Needs(NamedTuple):
+    """What each row needs to append; all of `[B]`."""
+
+    demand: jax.Array  # i32, pages from the stack
+    copies: jax.Array  # i32, of these in place of a shared page, 0 or 1
+    before: jax.Array  # i32, the row whose copy makes this one the last owner, B for none
+    last_page: jax.Array  # i32, the page in which it goes on, NULL_PAGE for none
+    too_long: jax.Array  # bool, it would outgrow its slot
+
+
+def demand(table: PageTable, counts: jax.Array) -> jax.Array:
+    """Pages that the rows need to append `counts: i32[B]`, copies included, `i32[]`."""
+    return jnp.sum(_needs(table, counts).demand)
+
+
+def _needs(table: PageTable, counts: jax.Array) -> _Needs:
+    lengths, held = table.lengths + counts, table.held_pages
+    too_long = lengths > table.page_indices.shape[1] * table.page_size
+    writes = (counts > 0) & (table.lengths % table.page_size != 0) & ~too_long
+    last_page = jnp.take_along_axis(table.page_indices, _last_column(table)[:, None], 1)[:, 0]
+    last_page = jnp.where(writes, last_page, table.num_pages)
+    owners = table.ref_counts.at[last_page].get(mode="fill", fill_value=0)
+    copies, before = _copies(last_page, owners)
+    demand = num_pages_for(lengths, table.page_size) - held + copies
+    return _Needs(jnp.where(too_long, 0, demand), copies, before, last_page, too_long)
+
+
+def _last_column(table: PageTable) -> jax.Array:
+    """The column of each row's last page, 0 in an empty one."""
+    return jnp.maximum(table.held_pages - 1, 0)
 
 
 def _copies(pages: jax.Array, owners: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -159,27 +204,30 @@ def _copies(pages: jax.Array, owners: jax.Array) -> tuple[jax.Array, jax.Array]:
     return lax.cond(jnp.any(owners > 1), by_page, nobody)
 
 
-def fitting(table: PageTable, order: jax.Array, counts: jax.Array) -> jax.Array:
+def fitting(
+    table: PageTable, order: jax.Array, counts: jax.Array, num_cached: jax.Array | int = 0
+) -> jax.Array:
     """Which rows could append `counts` at once if all rows after them gave up their pages.
 
     "After" is meant by `order: i32[B]`, a permutation of the rows, and the rows that fit are its
-    first few: `bool[B]`. The work follows the pool's size only where pages are shared and too few.
+    first few: `bool[B]`. `num_cached` pages that nobody holds are kept off the stack, and are as
+    good as free. The work follows the pool's size only where pages are shared and too few.
     """
-    held = table.held_pages
+    held, num_free = table.held_pages, table.num_free + num_cached
     demand = num_pages_for(table.lengths + counts, table.page_size) - held
     writes = (counts > 0) & (table.lengths % table.page_size != 0)
-    is_shared = jnp.sum(held) > table.num_pages - table.num_free
-    is_short = jnp.sum(demand) + jnp.sum(writes, dtype=jnp.int32) > table.num_free
+    is_shared = jnp.sum(held) > table.num_pages - num_free
+    is_short = jnp.sum(demand) + jnp.sum(writes, dtype=jnp.int32) > num_free
 
     def unshared():
         # Row i fits if what rows 0..i hold and demand is no more than all pages in use or free.
-        return jnp.cumsum((held + demand)[order]) <= table.num_free + jnp.sum(held)
+        return jnp.cumsum((held + demand)[order]) <= num_free + jnp.sum(held)
 
     def shared():
         last = jnp.where(writes, held - 1, -1)
         kept, copied = _kept_and_copied(table.page_indices[order], last[order], table.num_pages)
-        used = table.num_pages - table.num_free
-        return jnp.cumsum(demand[order]) + copied <= table.num_free + used - kept
+        used = table.num_pages - num_free
+        return jnp.cumsum(demand[order]) + copied <= num_free + used - kept
 
     fits = lax.cond(is_shared & is_short, shared, unshared)
     return jnp.zeros_like(fits).at[order].set(fits)
@@ -245,26 +293,41 @@ def release(table: PageTable, rows: jax.Array) -> PageTable:
     The loop takes one row a turn, since few end in one step and two of them may share pages;
     within a row pages are distinct. Its cost follows the rows released, not the table.
     """
-    columns = jnp.arange(table.page_indices.shape[1], dtype=jnp.int32)
 
-    def release_row(carry):
+    def release_next(carry):
         table, rows = carry
         row = jnp.argmax(rows)
-        pages = table.page_indices[row]
-        ref_counts = table.ref_counts.at[pages].add(-1, mode="drop")
-        unowned = ref_counts.at[pages].get(mode="fill", fill_value=1) == 0
-        place = table.num_free + jnp.cumsum(unowned.astype(jnp.int32)) - 1
-        place = jnp.where(unowned, place, table.num_pages)
-        table = table.replace(
-            page_indices=table.page_indices.at[row].set(jnp.full_like(columns, table.num_pages)),
-            lengths=table.lengths.at[row].set(0),
-            ref_counts=ref_counts,
-            free_pages=table.free_pages.at[place].set(pages, mode="drop"),
-            num_free=table.num_free + jnp.sum(unowned, dtype=jnp.int32),
-        )
-        return table, rows.at[row].set(False)
+        table, unowned = release_row(table, row)
+        return free(table, unowned), rows.at[row].set(False)
 
-    return lax.while_loop(lambda carry: jnp.any(carry[1]), release_row, (table, rows))[0]
+    return lax.while_loop(lambda carry: jnp.any(carry[1]), release_next, (table, rows))[0]
+
+
+def release_row(table: PageTable, row: jax.Array) -> tuple[PageTable, jax.Array]:
+    """Empties one row; returns the pages that nobody holds any more, and `NULL_PAGE`s, `i32[M]`.
+
+    They are not free yet: `free` gives them back.
+    """
+    pages, row = first_read(table.page_indices[row], row)
+    ref_counts = table.ref_counts.at[pages].add(-1, mode="drop")
+    is_unowned = ref_counts.at[pages].get(mode="fill", fill_value=1) == 0
+    table = table.replace(
+        page_indices=table.page_indices.at[row].set(jnp.full_like(pages, table.num_pages)),
+        lengths=table.lengths.at[row].set(0),
+        ref_counts=ref_counts,
+    )
+    return table, jnp.where(is_unowned, pages, table.num_pages)
+
+
+def free(table: PageTable, pages: jax.Array) -> PageTable:
+    """Puts `pages: i32[n]` that nobody holds on the stack in their order; `NULL_PAGE` is none."""
+    is_page = pages < table.num_pages
+    place = table.num_free + jnp.cumsum(is_page.astype(jnp.int32)) - 1
+    place = jnp.where(is_page, place, table.num_pages)
+    return table.replace(
+        free_pages=table.free_pages.at[place].set(pages, mode="drop"),
+        num_free=table.num_free + jnp.sum(is_page, dtype=jnp.int32),
+    )
 
 
 def page_owners(page_indices: jax.Array, num_pages: int) -> jax.Array:
@@ -275,8 +338,10 @@ def page_owners(page_indices: jax.Array, num_pages: int) -> jax.Array:
     return owners.at[page_indices].set(jnp.broadcast_to(rows, page_indices.shape), mode="drop")
 
 
-def violations(table: PageTable) -> jax.Array:
+def violations(table: PageTable, kept: jax.Array | bool = False) -> jax.Array:
     """Counts broken invariants, `i32[5]`; a sound table gives zeros.
+
+    Pages that are `kept: bool[P]` are off the stack though nobody may hold them.
 
     1. pages whose reference count is not the number of table entries that name them;
     2. pages that are free and owned, or neither, or twice in the stack;
@@ -308,7 +373,7 @@ def violations(table: PageTable) -> jax.Array:
     return jnp.stack(
         [
             count(references != table.ref_counts),
-            count(times_free != (references == 0).astype(jnp.int32)),
+            count(times_free != ((references == 0) & jnp.logical_not(kept)).astype(jnp.int32)),
             count(jnp.where(held, ~named, table.page_indices != P)),
             count(repeated),
             count(too_long) + count(out_of_range),

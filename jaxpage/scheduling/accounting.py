@@ -4,7 +4,8 @@ All are in tokens of the pool and add up to it: *token states*; *reservation*, m
 sequence will use later; *internal* fragmentation, memory reserved past what its sequence will
 ever use; *external* fragmentation and other, memory that no reservation covers while requests
 wait, with what the buddy system rounds up. Memory that is free when nobody waits is `idle`: no
-waste, and not in the paper, whose traces keep the system full.
+waste, and not in the paper, whose traces keep the system full. Nor has it `cached` memory, pages
+of sequences that ended, kept for those that begin alike and given up when they are needed.
 """
 
 from typing import NamedTuple
@@ -27,10 +28,12 @@ class StepRecord(NamedTuple):
     num_waiting: jax.Array
     num_preempted: jax.Array
     num_copied: jax.Array  # pages
+    num_found: jax.Array  # tokens that admitted sequences found in the prefix cache
     token_states: jax.Array
     reservation: jax.Array
     internal: jax.Array
     external: jax.Array
+    cached: jax.Array
     idle: jax.Array
 
 
@@ -50,7 +53,8 @@ def record_step(state: SchedulerState, plan: Plan) -> StepRecord:
         num_running=jnp.sum(state.running, dtype=jnp.int32),
         num_waiting=num_waiting,
         num_preempted=plan.num_preempted,
-        num_copied=jnp.sum(plan.targets < table.num_pages, dtype=jnp.int32),
+        num_copied=plan.copies.count,
+        num_found=plan.num_found,
         **waste,
     )
 
@@ -58,20 +62,28 @@ def record_step(state: SchedulerState, plan: Plan) -> StepRecord:
 def measure_memory(
     table: Table, final_lens: jax.Array, slots: jax.Array, num_waiting: jax.Array
 ) -> dict[str, jax.Array]:
-    """The five shares of the pool, in tokens, `i32[]` each; they add up to `P * S`."""
+    """The six shares of the pool, in tokens, `i32[]` each; they add up to `P * S`.
+
+    What several sequences hold counts once.
+    """
     final = final_lens.at[slots].get(mode="fill", fill_value=0)
     # A prompt in the middle of its chunks may hold less than it will need: min, not final.
     usable = jnp.minimum(jnp.maximum(final, table.lengths), table.reserved_tokens)
-    token_states = jnp.sum(table.lengths)
-    reservation = jnp.sum(usable - table.lengths)
-    internal = jnp.sum(table.reserved_tokens - usable)
-    rounding = jnp.sum(table.held_pages * table.page_size - table.reserved_tokens)
-    free = table.num_free * table.page_size
+
+    def tokens(of_row: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(table.is_first_holder, of_row, 0))
+
+    reservation = tokens(usable - table.lengths)
+    internal = tokens(table.reserved_tokens - usable)
+    rounding = tokens(table.held_pages * table.page_size - table.reserved_tokens)
+    free, cached = table.num_free * table.page_size, table.num_cached * table.page_size
+    in_use = table.num_pages * table.page_size - free - cached
     waits = num_waiting > 0
     return {
-        "token_states": token_states,
+        "token_states": in_use - reservation - internal - rounding,
         "reservation": reservation,
         "internal": internal,
         "external": rounding + jnp.where(waits, free, 0),
+        "cached": cached,
         "idle": jnp.where(waits, 0, free),
     }

@@ -45,6 +45,8 @@ class Requests(struct.PyTreeNode):
     num_tokens: jax.Array  # i32[R], tokens known: prompt and output so far
     final_lens: jax.Array  # i32[R], tokens at which the request ends by length
     reserved_lens: jax.Array  # i32[R], tokens whose memory it is given if all is given at once
+    salts: jax.Array  # i32[R], only requests with the same may share cached pages
+    cached_lens: jax.Array  # i32[R], tokens that were cached when it was first admitted
     arrivals: jax.Array  # i32[R], order of arrival
     phases: jax.Array  # i32[R]
     finish_reasons: jax.Array  # i32[R]
@@ -92,6 +94,8 @@ def create(config: EngineConfig, allocator: Allocator) -> SchedulerState:
         num_tokens=ints(),
         final_lens=ints(),
         reserved_lens=ints(),
+        salts=ints(),
+        cached_lens=ints(),
         arrivals=ints(),
         phases=ints(FREE),
         finish_reasons=ints(NOT_DONE),
@@ -124,11 +128,12 @@ def waiting_request(
     arrival: int,
     ignore_eos: bool,
     sampling: Sampling,
+    salt: int = 0,
 ) -> Requests:
     """One row of `Requests`, without the leading axis: a new request of `final_len` tokens at most.
 
     `reserved_len` is what the allocator's rule reserves for it; `max_len` is `N`, the row's
-    capacity; `sampling` holds scalars.
+    capacity; `sampling` holds scalars; `salt` is the number of those who may share cached pages.
     """
     tokens = np.zeros((max_len,), np.int32)
     tokens[: len(prompt_ids)] = prompt_ids
@@ -143,6 +148,8 @@ def waiting_request(
         num_tokens=integer(len(prompt_ids)),
         final_lens=integer(final_len),
         reserved_lens=integer(reserved_len),
+        salts=integer(salt),
+        cached_lens=integer(0),
         arrivals=integer(arrival),
         phases=integer(WAITING),
         finish_reasons=integer(NOT_DONE),

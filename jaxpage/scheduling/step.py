@@ -14,8 +14,9 @@ from jax import lax
 
 from jaxpage.config import EngineConfig
 from jaxpage.paging import status
-from jaxpage.paging.allocator import Allocator
+from jaxpage.paging.allocator import Allocator, Prompt, Table
 from jaxpage.paging.page_table import num_pages_for
+from jaxpage.paging.prefix_cache import Found
 from jaxpage.scheduling.policies import PolicyFn
 from jaxpage.scheduling.state import (
     DONE,
@@ -36,7 +37,7 @@ class Plan(struct.PyTreeNode):
 
     `lengths` includes them, and `page_indices` holds their pages. Where `samples`, the last of
     them is the sequence's last known token, and its logits choose the next. Before anything is
-    written, page `sources[b]` is copied to page `targets[b]`; where both are `P`, nothing is.
+    written, the `copies` are made.
     """
 
     requests: jax.Array  # i32[B]; R for an empty slot
@@ -44,14 +45,41 @@ class Plan(struct.PyTreeNode):
     samples: jax.Array  # bool[B]
     lengths: jax.Array  # i32[B], tokens
     page_indices: jax.Array  # i32[B, M]
-    sources: jax.Array  # i32[B], pages
-    targets: jax.Array  # i32[B], pages
+    copies: "Copies"
+    num_found: jax.Array  # i32[], tokens of admitted sequences that need not be computed
     num_preempted: jax.Array  # i32[], sequences that lost their pages to make this step
 
     @property
     def num_tokens(self) -> jax.Array:
         """Tokens of the step, `i32[]`."""
         return jnp.sum(self.counts)
+
+
+class Copies(NamedTuple):
+    """Pages to copy, `sources[i]` to `targets[i]` for `i < count`, one after the other.
+
+    The order matters: a page may be copied, leave the cache, and be the target of a later copy.
+    """
+
+    sources: jax.Array  # i32[B], pages
+    targets: jax.Array  # i32[B], pages
+    count: jax.Array  # i32[]
+
+    @staticmethod
+    def none(num_slots: int, num_pages: int) -> "Copies":
+        nothing = jnp.full((num_slots,), num_pages, jnp.int32)
+        return Copies(nothing, nothing, jnp.asarray(0, jnp.int32))
+
+    def then(self, sources: jax.Array, targets: jax.Array, num_pages: int) -> "Copies":
+        """With the pairs of `i32[n]` that are pages, in their order, at the end."""
+        is_copy = targets < num_pages
+        place = self.count + jnp.cumsum(is_copy.astype(jnp.int32)) - 1
+        place = jnp.where(is_copy, place, self.targets.shape[0])
+        return Copies(
+            self.sources.at[place].set(sources, mode="drop"),
+            self.targets.at[place].set(targets, mode="drop"),
+            self.count + jnp.sum(is_copy, dtype=jnp.int32),
+        )
 
 
 class Outcome(NamedTuple):
@@ -83,23 +111,27 @@ def plan_step(
     victims = state.running & ~fits
     state = _preempt(state, victims, allocator)
     counts = jnp.where(victims, 0, counts)
-    may_admit = ~jnp.any(victims)
-    state, counts = _admit(state, counts, ranks, may_admit, config, allocator)
-
-    # Pages of one step: a row of n tokens starts at most ceil(n / S) pages, so budget / S and one
-    # for every row; and it copies one page at most.
-    most_pages = config.token_budget // config.page_size + 2 * config.num_slots
-    table, appended = allocator.append(state.table, counts, min(most_pages, config.num_pages))
-    state = state.replace(table=table)
-    known = _of_slots(state.requests.num_tokens, state.slots)
+    batch = _Batch(
+        table=state.table,
+        requests=state.requests,
+        slots=state.slots,
+        counts=jnp.zeros_like(counts),
+        copies=Copies.none(config.num_slots, config.num_pages),
+        num_found=jnp.asarray(0, jnp.int32),
+    )
+    batch = _take_pages(batch, counts, config, allocator)
+    batch = _admit(batch, ranks, ~jnp.any(victims), config, allocator)
+    table, slots = batch.table, batch.slots
+    state = state.replace(requests=batch.requests, table=table, slots=slots)
+    known = _of_slots(state.requests.num_tokens, slots)
     plan = Plan(
-        requests=state.slots,
-        counts=counts,
-        samples=(counts > 0) & (table.lengths == known),
+        requests=slots,
+        counts=batch.counts,
+        samples=(batch.counts > 0) & (table.lengths == known),
         lengths=table.lengths,
         page_indices=table.page_indices,
-        sources=appended.sources,
-        targets=appended.targets,
+        copies=batch.copies,
+        num_found=batch.num_found,
         num_preempted=jnp.sum(victims, dtype=jnp.int32),
     )
     return state, plan
@@ -144,7 +176,7 @@ def commit_step(
     )
     return state.replace(
         requests=requests,
-        table=allocator.release(state.table, ends),
+        table=allocator.release(allocator.settle(state.table), ends),
         slots=jnp.where(ends, _nobody(state), state.slots),
         step=state.step + 1,
     )
@@ -213,24 +245,45 @@ def _preempt(state: SchedulerState, victims: jax.Array, allocator: Allocator) ->
     )
 
 
+class _Batch(struct.PyTreeNode):
+    """A step in the making: who runs, with what pages, and how many tokens each brings."""
+
+    table: Table
+    requests: Requests
+    slots: jax.Array  # i32[B]
+    counts: jax.Array  # i32[B]
+    copies: Copies
+    num_found: jax.Array  # i32[]
+
+
+def _take_pages(
+    batch: _Batch, counts: jax.Array, config: EngineConfig, allocator: Allocator
+) -> _Batch:
+    """Gives the rows pages for `counts` more tokens, and makes those findable that become full."""
+    # A row of n tokens starts at most ceil(n / S) pages, so all rows start budget / S and one each;
+    # and a row copies one page at most.
+    most_pages = config.token_budget // config.page_size + 2 * config.num_slots
+    table, taken = allocator.append(batch.table, counts, min(most_pages, config.num_pages))
+    requests = batch.requests
+    table = allocator.enter(table, requests.tokens, batch.slots, requests.salts)
+    return batch.replace(
+        table=table,
+        counts=batch.counts + counts,
+        copies=batch.copies.then(taken.sources, taken.targets, config.num_pages),
+    )
+
+
 class _Candidate(NamedTuple):
-    """The head of the line: its request, a slot for it, and its tokens in this step."""
+    """The head of the line: its request, and a slot for it."""
 
     request: jax.Array  # i32[]
     row: jax.Array  # i32[]
-    count: jax.Array  # i32[]
     possible: jax.Array  # bool[], there is a request, a slot and budget
 
 
-def _head_of_line(
-    requests: Requests,
-    phases: jax.Array,
-    slots: jax.Array,
-    counts: jax.Array,
-    ranks: jax.Array,
-    config: EngineConfig,
-) -> _Candidate:
+def _head_of_line(batch: _Batch, ranks: jax.Array, config: EngineConfig) -> _Candidate:
     """The next request to admit: a preempted one before any new one, then by rank and arrival."""
+    requests, phases = batch.requests, batch.requests.phases
     preempted = phases == PREEMPTED
     eligible = jnp.where(jnp.any(preempted), preempted, phases == WAITING)
     furthest = jnp.iinfo(jnp.int32).max
@@ -238,78 +291,90 @@ def _head_of_line(
     arrivals = jnp.where(eligible & (ranks == best), requests.arrivals, furthest)
     request = jnp.argmin(arrivals).astype(jnp.int32)
 
-    empty = slots == phases.shape[0]
-    wanted = _wanted(
-        requests.num_tokens[request],
-        jnp.asarray(0, jnp.int32),
-        requests.prompt_lens[request],
-        config,
-    )
-    count = _whole_or_part(wanted, config.token_budget - jnp.sum(counts), config)
+    empty = batch.slots == phases.shape[0]
+    # What is found cached only makes it less.
+    count = _first_count(batch, request, jnp.asarray(0, jnp.int32), config)
     return _Candidate(
         request=request,
         row=jnp.argmax(empty).astype(jnp.int32),
-        count=count,
         possible=jnp.any(eligible) & jnp.any(empty) & (count > 0),
     )
 
 
+def _first_count(
+    batch: _Batch, request: jax.Array, computed: jax.Array, config: EngineConfig
+) -> jax.Array:
+    """Tokens that a request brings to the step that admits it, of which `computed` are found."""
+    requests = batch.requests
+    wanted = _wanted(requests.num_tokens[request], computed, requests.prompt_lens[request], config)
+    return _whole_or_part(wanted, config.token_budget - jnp.sum(batch.counts), config)
+
+
 def _admit(
-    state: SchedulerState,
-    counts: jax.Array,
+    batch: _Batch,
     ranks: jax.Array,
     may_admit: jax.Array,
     config: EngineConfig,
     allocator: Allocator,
-) -> tuple[SchedulerState, jax.Array]:
-    """Admits from the head of the line while a slot, budget and pages are left; `counts` too.
+) -> _Batch:
+    """Admits from the head of the line while a slot, budget and pages are left.
 
     Pages that running sequences still need for tokens already known, and for the headroom, are
     owed to them, so that a prompt once begun is not starved by the next. The line never moves past
     a head that does not fit. A sequence alone always does, headroom or not: it ends in the pool.
     """
-    requests = state.requests
     headroom = config.headroom_pages * config.page_size
 
     def soon(known: jax.Array, final: jax.Array) -> jax.Array:
         # The token that ends a sequence is never computed.
         return jnp.maximum(known, jnp.minimum(known + headroom, final - 1))
 
-    def pages(num_tokens: jax.Array) -> jax.Array:
-        return num_pages_for(num_tokens, config.page_size)
-
-    def head(phases, slots, counts):
-        return _head_of_line(requests, phases, slots, counts, ranks, config)
-
     def admit_one(carry):
-        candidate, table, phases, slots, counts, owed = carry
-        request = candidate.request
-        wanted = soon(requests.num_tokens[request], requests.final_lens[request])
-        table, outcome = allocator.admit(
-            table,
-            candidate.row,
-            wanted,
-            requests.reserved_lens[request],
-            owed,
+        candidate, batch = carry
+        request, requests = candidate.request, batch.requests
+        ends = soon(
+            _of_slots(requests.num_tokens, batch.slots),
+            _of_slots(requests.final_lens, batch.slots),
         )
-        admitted = outcome == status.OK
-        row = jnp.where(admitted, candidate.row, slots.shape[0])
-        phases = phases.at[jnp.where(admitted, request, phases.shape[0])].set(RUNNING, mode="drop")
-        slots = slots.at[row].set(request, mode="drop")
-        counts = counts.at[row].set(candidate.count, mode="drop")
-        owed = owed + pages(wanted)
-        following = head(phases, slots, counts)
-        following = following._replace(possible=following.possible & admitted)
-        return following, table, phases, slots, counts, owed
+        owed = jnp.sum(num_pages_for(ends, config.page_size) - batch.table.held_pages)
+        known = requests.num_tokens[request]
+        prompt = Prompt(
+            tokens=requests.tokens[request],
+            num_tokens=known,
+            salt=requests.salts[request],
+            soon=soon(known, requests.final_lens[request]),
+            reserved=requests.reserved_lens[request],
+        )
+        table, found = allocator.admit(batch.table, candidate.row, prompt, owed)
+        admitted = found.status == status.OK
+        batch = _seat(batch.replace(table=table), candidate, found, admitted, config.num_pages)
+        count = jnp.where(admitted, _first_count(batch, request, found.num_tokens, config), 0)
+        counts = jnp.zeros_like(batch.counts).at[candidate.row].set(count)
+        batch = _take_pages(batch, counts, config, allocator)
+        following = _head_of_line(batch, ranks, config)
+        return following._replace(possible=following.possible & admitted), batch
 
-    first = head(requests.phases, state.slots, counts)
+    first = _head_of_line(batch, ranks, config)
     first = first._replace(possible=first.possible & may_admit)
-    known = _of_slots(requests.num_tokens, state.slots)
-    final = _of_slots(requests.final_lens, state.slots)
-    owed = jnp.sum(pages(soon(known, final)) - pages(state.table.lengths))
-    carry = (first, state.table, requests.phases, state.slots, counts, owed)
-    _, table, phases, slots, counts, _ = lax.while_loop(
-        lambda carry: carry[0].possible, admit_one, carry
+    return lax.while_loop(lambda carry: carry[0].possible, admit_one, (first, batch))[1]
+
+
+def _seat(
+    batch: _Batch, candidate: _Candidate, found: Found, admitted: jax.Array, num_pages: int
+) -> _Batch:
+    """Puts the candidate in its slot, if it is admitted."""
+    requests = batch.requests
+    request = jnp.where(admitted, candidate.request, requests.phases.shape[0])
+    row = jnp.where(admitted, candidate.row, batch.slots.shape[0])
+    is_new = requests.phases[candidate.request] == WAITING
+    cached = jnp.where(is_new, found.num_tokens, requests.cached_lens[candidate.request])
+    requests = requests.replace(
+        phases=requests.phases.at[request].set(RUNNING, mode="drop"),
+        cached_lens=requests.cached_lens.at[request].set(cached, mode="drop"),
     )
-    requests = requests.replace(phases=phases)
-    return state.replace(requests=requests, table=table, slots=slots), counts
+    return batch.replace(
+        requests=requests,
+        slots=batch.slots.at[row].set(request, mode="drop"),
+        copies=batch.copies.then(found.source[None], found.target[None], num_pages),
+        num_found=batch.num_found + found.num_tokens,
+    )

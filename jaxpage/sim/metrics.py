@@ -33,7 +33,7 @@ def waste_shares(records: Sequence[Mapping[str, int]]) -> dict[str, float]:
     """
     if not records:
         return dict.fromkeys(WASTE_CATEGORIES, 0.0)
-    columns = (*WASTE_CATEGORIES, "idle")
+    columns = (*WASTE_CATEGORIES, "cached", "idle")
     pool = sum(records[0][column] for column in columns)
     return {
         name: float(np.mean([record[name] for record in records])) / pool

@@ -1,0 +1,59 @@
+"""The scheduler's loops change their arrays in place: XLA copies none of the pool's size."""
+
+import re
+from collections import Counter
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxpage.config import EngineConfig
+from jaxpage.paging import eviction
+from jaxpage.paging.allocator import ALLOCATORS, CACHED
+from jaxpage.scheduling import state as scheduler_state
+from jaxpage.scheduling.policies import fcfs
+from jaxpage.scheduling.state import SchedulerState
+from jaxpage.scheduling.step import Outcome, commit_step, plan_step
+
+NUM_SLOTS, NUM_PAGES, PAGES_PER_SLOT = 32, 7919, 61  # numbers that nothing else has
+CONFIG = EngineConfig(
+    num_slots=NUM_SLOTS,
+    num_pages=NUM_PAGES,
+    page_size=4,
+    pages_per_slot=PAGES_PER_SLOT,
+    num_requests=64,
+    token_buckets=(64,),
+)
+
+
+def copies_by_shape(allocator) -> Counter:
+    """How often the compiled loop over steps copies an array, by its shape."""
+    drawn = Outcome(
+        tokens=jnp.zeros((NUM_SLOTS,), jnp.int32),
+        logprobs=jnp.zeros((NUM_SLOTS,), jnp.float32),
+        failed=jnp.zeros((NUM_SLOTS,), jnp.bool_),
+    )
+
+    def step(state):
+        state, plan = plan_step(state, CONFIG, allocator, fcfs)
+        return commit_step(state, plan, drawn, allocator, eos_ids=(2,))
+
+    @partial(jax.jit, donate_argnums=0)
+    def steps(state: SchedulerState, limit):
+        return jax.lax.while_loop(lambda state: state.step < limit, step, state)
+
+    state = scheduler_state.create(CONFIG, allocator)
+    compiled = steps.lower(state, jnp.int32(3)).compile().as_text()
+    return Counter(re.findall(r"= \w+\[([\d,]*)\]\S* copy\(", compiled))
+
+
+@pytest.mark.parametrize("name", ["paged", "lru", "lfu"])
+def test_no_step_copies_an_array_of_the_pools_or_the_tables_size(name):
+    copies = copies_by_shape((ALLOCATORS | CACHED)[name])
+    assert copies  # the pattern finds copies
+    width = eviction.create(NUM_PAGES).scores.shape
+    for shape in (f"{NUM_SLOTS},{PAGES_PER_SLOT}", ",".join(map(str, width))):
+        assert copies[shape] == 0
+    # Two in the branch for shared pages that are too few, which looks through the pool anyway.
+    assert copies[str(NUM_PAGES)] <= 2
