@@ -44,7 +44,7 @@ def copies_by_shape(allocator) -> Counter:
         return jax.lax.while_loop(lambda state: state.step < limit, step, state)
 
     state = scheduler_state.create(CONFIG, allocator)
-    compiled = steps.lower(state, jnp.int32(3)).compile().as_text()
+    compiled = steps.lower(state, jnp.int32(3)).compile().as_text() or ""
     return Counter(re.findall(r"= \w+\[([\d,]*)\]\S* copy\(", compiled))
 
 
