@@ -43,7 +43,7 @@ def main(_: list[str]) -> None:
         engine = common.engine_for(model, params, larger, "paged")
         engine.compile()
         for row, request in enumerate(requests):
-            engine.submit(request, row)
+            engine.submit(request, (row,))
         engine.advance(STEPS_BEFORE)
         jax.block_until_ready(engine.state)
         engines.append(engine)

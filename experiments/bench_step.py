@@ -45,7 +45,7 @@ def main(_: list[str]) -> None:
     engine = common.build_engine(model, config)
     engine.compile()
     for row, request in enumerate(requests):
-        engine.submit(request, row)
+        engine.submit(request, (row,))
     while num_generated(engine) < NEW_TOKENS:
         engine.advance(8)
     parts = time_parts(build_parts(engine), FLAGS.rounds)

@@ -171,7 +171,8 @@ def answer(engine: Engine, tokenizer: Tokenizer, question: str) -> dict[str, Any
     decoder = StreamDecoder(tokenizer)
     request = Request(question, tuple(tokenizer.encode(prompt)), MAX_ANSWER_TOKENS)
 
-    def on_tokens(_: str, ids: list[int]) -> None:
+    def on_tokens(_: str, sample: int, ids: list[int]) -> None:
+        del sample
         print(decoder.feed(ids), end="", flush=True)
 
     print(f"\n> {question}")

@@ -2,11 +2,11 @@
 
     python -m experiments.generate --prompts=IN.jsonl --out=OUT.jsonl --max_new_tokens=64
 
-Input lines are `{"id", "prompt"}` or `{"id", "prompt_ids"}`, with `"max_new_tokens"`, `"seed"` and
-`"tenant"` if wanted; output lines are `{"id", "prompt_ids", "output_ids", "text", "finish_reason",
-"cached_tokens"}` in input order. Requests of one tenant share the pages of what their prompts have
-in common (`--prefix_cache`). A request that cannot be served gets an `"error"` sentence and holds
-up no other.
+Input lines are `{"id", "prompt"}` or `{"id", "prompt_ids"}`, with `"max_new_tokens"`, `"seed"`, `"n"`
+and `"tenant"` if wanted; output lines are `{"id", "prompt_ids", "output_ids", "text",
+"finish_reason", "cached_tokens"}` in input order. Of `n` samples the others stand in `"more"`.
+Requests of one tenant share the pages of what their prompts have in common (`--prefix_cache`). A
+request that cannot be served gets an `"error"` sentence and holds up no other.
 """
 
 import json
@@ -37,6 +37,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens only; 0 from all.")
     flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest tokens of this total probability.")
     flags.DEFINE_float("repetition_penalty", 1.0, "Divide the logits of tokens seen; 1 does not.")
+    flags.DEFINE_integer("n", 1, "How many samples of each prompt; they share its pages.")
     flags.DEFINE_integer("seed", 0, "The seed of requests that have none, mixed with their id.")
     flags.DEFINE_integer(
         "num_pages", None, "How many pages the pool has; by default enough for all slots."
@@ -96,6 +97,7 @@ def _read_requests(
             top_p=FLAGS.top_p,
             repetition_penalty=FLAGS.repetition_penalty,
             seed=common.seed_of(FLAGS.seed, _id_of(line)),
+            n=FLAGS.n,
             ignore_eos=FLAGS.ignore_eos,
         )
         try:
@@ -126,7 +128,7 @@ def _fill(request: Request, line: dict, model: LoadedModel) -> Request:
             )
         prompt_ids = tokenizer.encode(text)
     request = replace(request, prompt_ids=tuple(prompt_ids))
-    for name in ("max_new_tokens", "seed"):
+    for name in ("max_new_tokens", "seed", "n"):
         value = line.get(name, getattr(request, name))
         require(type(value) is int, f'"{name}" must be an integer, got {value!r:.80}')
         request = replace(request, **{name: value})
@@ -144,7 +146,7 @@ def _size(model: LoadedModel, requests: list[Request]) -> EngineConfig:
         model.config,
         max_seq_len=longest,
         num_slots=FLAGS.num_slots,
-        num_requests=min(max(len(requests), 1), 1024),
+        num_requests=min(max(sum(max(r.n, 1) for r in requests), FLAGS.num_slots), 1024),
         page_size=FLAGS.page_size,
         kv_dtype=FLAGS.dtype,
         num_pages=FLAGS.num_pages,
@@ -153,35 +155,41 @@ def _size(model: LoadedModel, requests: list[Request]) -> EngineConfig:
 
 
 def _output_line(result: Result, line: dict, model: LoadedModel) -> dict:
+    row = {"id": line["id"], "prompt_ids": list(result.request.prompt_ids)}
+    row |= _sample_of(result, model)
+    if result.error is not None:
+        return row | {"output_ids": [], "text": "", "error": result.error}
+    row["cached_tokens"] = result.num_cached_tokens
+    if result.more:
+        row["more"] = [_sample_of(sample, model) for sample in result.more]
+    return row
+
+
+def _sample_of(result: Result, model: LoadedModel) -> dict:
     tokenizer = model.tokenizer
     row = {
-        "id": line["id"],
-        "prompt_ids": list(result.request.prompt_ids),
         "output_ids": result.output_ids,
         "text": tokenizer.decode(result.output_ids) if tokenizer is not None else None,
         "finish_reason": result.finish_reason,
     }
-    if result.error is not None:
-        row |= {"output_ids": [], "text": "", "error": result.error}
-        return row
-    row["cached_tokens"] = result.num_cached_tokens
     if FLAGS.logprobs:
         row["logprobs"] = result.logprobs
     return row
 
 
 def _summary(results: list[Result], journal: Journal, compile_s: float) -> dict:
-    num_output_tokens = sum(len(result.output_ids) for result in results)
+    samples = [sample for result in results for sample in (result, *result.more)]
+    num_output_tokens = sum(len(sample.output_ids) for sample in samples)
     return {
         "requests": len(results),
-        "errors": sum(result.error is not None for result in results),
+        "errors": sum(sample.error is not None for sample in samples),
         "output_tokens": num_output_tokens,
         "output_tokens_per_s": num_output_tokens / journal.wall_s if journal.wall_s else 0.0,
         "wall_s": journal.wall_s,
         "compile_s": compile_s,
         "steps": journal.num_steps,
-        "preemptions": sum(result.num_preemptions for result in results),
-        "cached_prompt_tokens": sum(result.num_cached_tokens for result in results),
+        "preemptions": sum(sample.num_preemptions for sample in samples),
+        "cached_prompt_tokens": sum(sample.num_cached_tokens for sample in samples),
         **common.provenance(),
     }
 

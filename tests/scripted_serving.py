@@ -134,6 +134,7 @@ class Serving:
                 max_len=self.config.max_seq_len,
                 arrival=number,
                 ignore_eos=ask.ignore_eos,
+                group=row,
                 sampling=Sampling(
                     temperature=jnp.float32(0),
                     top_k=jnp.int32(0),

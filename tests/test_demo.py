@@ -194,7 +194,7 @@ class EchoEngine:
         (request,) = requests
         ids = list(request.prompt_ids)
         for start in range(0, len(ids), steps_per_read):
-            on_tokens(request.id, ids[start : start + steps_per_read])
+            on_tokens(request.id, 0, ids[start : start + steps_per_read])
         return [Result(request, output_ids=ids, finish_reason="stop")], SimpleNamespace()
 
 

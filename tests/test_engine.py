@@ -125,7 +125,7 @@ def test_listeners_hear_every_token_once_and_in_order():
     results, journal = build().serve(
         REQUESTS,
         steps_per_read=2,
-        on_tokens=lambda request_id, ids: heard.setdefault(request_id, []).extend(ids),
+        on_tokens=lambda request_id, _, ids: heard.setdefault(request_id, []).extend(ids),
     )
     assert heard == {r.request.id: r.output_ids for r in results}
     assert journal.num_host_reads >= journal.num_steps / 2

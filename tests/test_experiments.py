@@ -49,11 +49,12 @@ def test_a_bad_request_is_refused_alone_and_the_others_are_answered(tmp_path):
         {"id": "long", "prompt_ids": [1] * 600},
         {"id": "text", "prompt": "no tokenizer for this one"},
         {"id": "kind", "prompt_ids": "123"},
+        {"id": "twice", "prompt_ids": [1, 2], "n": 2},
         {"id": 7, "prompt_ids": [4], "max_new_tokens": 2, "seed": 3},
         flags=("--ignore_eos", "--max_new_tokens=4"),
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.strip().splitlines()[-1])["errors"] == 8
+    assert json.loads(done.stdout.strip().splitlines()[-1])["errors"] == 9
     by_id = {row["id"]: row for row in rows}
     assert [row["id"] for row in rows][:2] == ["good", "empty"]
     assert len(by_id["good"]["output_ids"]) == 5
@@ -68,11 +69,27 @@ def test_a_bad_request_is_refused_alone_and_the_others_are_answered(tmp_path):
         "long": "600",
         "text": "tokenizer",
         "kind": "prompt_ids",
+        "twice": "n=2 with temperature=0",
     }
     for request_id, word in said.items():
         assert by_id[request_id]["output_ids"] == []
         assert by_id[request_id]["finish_reason"] == "error"
         assert word in by_id[request_id]["error"]
+
+
+def test_samples_of_a_prompt_stand_in_one_line(tmp_path):
+    done, (several, alone) = generate(
+        tmp_path,
+        {"id": "several", "prompt_ids": [1, 2, 3], "n": 2, "seed": 5},
+        {"id": "alone", "prompt_ids": [1, 2, 3], "seed": 5},
+        flags=("--ignore_eos", "--max_new_tokens=8", "--temperature=1"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.strip().splitlines()[-1])["output_tokens"] == 24
+    assert several["output_ids"] == alone["output_ids"]
+    (other,) = several["more"]
+    assert len(other["output_ids"]) == 8 and other["output_ids"] != several["output_ids"]
+    assert "more" not in alone
 
 
 def test_a_request_larger_than_the_pool_is_refused_alone(tmp_path):

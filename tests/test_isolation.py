@@ -29,7 +29,7 @@ def owned_pages(engine: Engine):
 def run(engine: Engine, requests, is_poisoned: bool) -> tuple[list, int]:
     """Tokens and log-probabilities after as many steps as it takes; and preemptions."""
     for row, request in enumerate(requests):
-        engine.submit(request, row)
+        engine.submit(request, (row,))
     if is_poisoned:
         keep_only(engine, jnp.zeros((engine.setup.engine.num_pages,), bool))
     for _ in range(200):
@@ -66,7 +66,7 @@ def test_sequences_that_share_a_prompts_pages_go_on_as_if_each_had_its_own(promp
     def run(is_shared: bool):
         engine = build(setup_of(replace(CONFIG, token_buckets=(4, 32))))
         for row, request in enumerate(pair):
-            engine.submit(request, row)
+            engine.submit(request, (row,))
         engine.advance(1)  # both prompts, and a token each
         scheduler = engine.state.scheduler
         assert scheduler.table.lengths.tolist()[:2] == [prompt_len] * 2

@@ -7,8 +7,8 @@ and nothing else unless a request has ended or somebody listens to its tokens.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ from jaxpage.paging.page_table import num_pages_for
 from jaxpage.scheduling.accounting import StepRecord
 from jaxpage.scheduling.state import DONE, FINISH_REASONS, Requests, Sampling, waiting_request
 
-TokenFn = Callable[[str, list[int]], None]  # (request id, its new tokens)
+TokenFn = Callable[[str, int, list[int]], None]  # (request id, which sample, its new tokens)
+SEED_STRIDE = 0x9E3779B9  # between a request's samples: near 2**32 over the golden ratio
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Request:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int = 0
+    n: int = 1  # samples of the one prompt
     ignore_eos: bool = False
     tenant: str = ""  # only requests of the same share cached pages
     arrival_s: float = 0.0  # after the start of serving
@@ -45,7 +47,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a request. Times are seconds after the start of serving."""
+    """What became of a request. Times are seconds after the start of serving.
+
+    With `n > 1` this is its first sample, and `more` are the others.
+    """
 
     request: Request
     output_ids: list[int] = field(default_factory=list)
@@ -56,6 +61,7 @@ class Result:
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
     first_token_s: float = float("nan")
     finish_s: float = float("nan")
+    more: tuple["Result", ...] = ()
 
     @property
     def latency_s(self) -> float:
@@ -105,16 +111,19 @@ class Engine:
         start_s = time.perf_counter()
         request = Request("", (0,), 1)
         self.refusal(request)
-        self.submit(request, 0)
+        self.submit(request, (0,))
         self.state = loop.forget(self.state, jnp.int32(0))
         self.advance(0)
         jax.block_until_ready(self.state)
         return time.perf_counter() - start_s
 
-    def submit(self, request: Request, row: int) -> None:
-        """Puts a request that `refusal` has nothing against in the free row `row`."""
-        request_row = self._request_row(request)
-        self.state = loop.submit(self.state, jnp.int32(row), request_row)
+    def submit(self, request: Request, rows: Sequence[int]) -> None:
+        """Puts a request that `refusal` has nothing against in `n` free `rows`, ascending."""
+        for sample, row in enumerate(rows):
+            # Where nothing can be shared each sample is a sequence of its own.
+            group = row if self.setup.allocator.share is None else rows[0]
+            request_row = self._request_row(request, sample, group)
+            self.state = loop.submit(self.state, jnp.int32(row), request_row)
         self._num_submitted += 1
 
     def advance(self, max_steps: int) -> None:
@@ -140,6 +149,13 @@ class Engine:
                 f"prompt of {prompt_len} tokens + max_new_tokens={new} is {final_len}, more than "
                 f"a slot's {limit}: shorten one of them or raise pages_per_slot"
             )
+        most = min(config.num_slots, config.num_requests)
+        if not 1 <= request.n <= most:
+            return f"n={request.n} must be from 1 to {most}, the slots and rows that there are"
+        if request.n > 1 and request.temperature == 0:
+            return (
+                f"n={request.n} with temperature=0 is the same sample {request.n} times: raise it"
+            )
         if not 0 <= request.seed < 2**32:
             return f"seed={request.seed} must be in [0, 2**32)"
         refused = {
@@ -151,7 +167,7 @@ class Engine:
         for name, is_refused in refused.items():
             if is_refused:
                 return f"{name}={getattr(request, name)} is out of range"
-        needed = self._pages_at_most(prompt_len, final_len)
+        needed = self._pages_at_most(prompt_len, final_len, request.n)
         if needed > config.num_pages:
             return (
                 f"the request needs {needed} pages at once and the pool has {config.num_pages}: "
@@ -199,15 +215,21 @@ class Engine:
             self._read_log(run.journal, before_s, start_s)
             self._read_requests(run, results, on_tokens)
             if on_progress is not None:
-                on_progress(run.journal, len(requests) - len(run.waiting) - len(run.active))
+                running = {request.id for request, _ in run.active.values()}
+                on_progress(run.journal, len(requests) - len(run.waiting) - len(running))
         run.journal.wall_s = time.perf_counter() - start_s
         return [results[request.id] for request in requests], run.journal
 
-    def _pages_at_most(self, prompt_len: int, final_len: int) -> int:
-        """Pages that one sequence will hold at once, whole buddies for the contiguous."""
+    def _pages_at_most(self, prompt_len: int, final_len: int, n: int) -> int:
+        """Pages that must be had at once: all samples' together, but one's of the contiguous.
+
+        Samples share the full pages of their prompt. Contiguous runs are whole buddies.
+        """
         tokens = self._reserved_len(prompt_len, final_len)
         pages = num_pages_for(tokens, self.setup.engine.page_size)
-        return pages if self.setup.allocator.grows else 1 << (pages - 1).bit_length()
+        if not self.setup.allocator.grows:
+            return 1 << (pages - 1).bit_length()
+        return pages + (n - 1) * (pages - prompt_len // self.setup.engine.page_size)
 
     def _reserved_len(self, prompt_len: int, final_len: int) -> int:
         """Tokens whose memory the allocator's rule reserves for a request."""
@@ -217,14 +239,19 @@ class Engine:
 
     def _feed(self, run: "_Run", now_s: float) -> None:
         """Submits the requests that have arrived, as far as the queue has rows."""
-        while run.waiting and run.free_rows and run.waiting[0].arrival_s <= now_s:
-            request, row = run.waiting.popleft(), run.free_rows.pop()
-            self.submit(request, row)
-            run.active[row] = request
-            run.told[row] = len(request.prompt_ids)
-            run.journal.request_ids[row] = request.id
+        while run.waiting and run.waiting[0].arrival_s <= now_s:
+            if run.waiting[0].n > len(run.free_rows):
+                return
+            request = run.waiting.popleft()
+            rows = sorted(run.free_rows.pop() for _ in range(request.n))
+            self.submit(request, rows)
+            run.done[request.id] = []
+            for sample, row in enumerate(rows):
+                run.active[row] = request, sample
+                run.told[row] = len(request.prompt_ids)
+                run.journal.request_ids[row] = request.id
 
-    def _request_row(self, request: Request) -> Requests:
+    def _request_row(self, request: Request, sample: int, group: int) -> Requests:
         prompt_len = len(request.prompt_ids)
         final_len = prompt_len + request.max_new_tokens
         return waiting_request(
@@ -234,13 +261,14 @@ class Engine:
             max_len=self.setup.engine.max_seq_len,
             arrival=self._num_submitted,
             ignore_eos=request.ignore_eos,
+            group=group,
             salt=self._salts.setdefault(request.tenant, len(self._salts)),
             sampling=Sampling(
                 temperature=jnp.float32(request.temperature),
                 top_k=jnp.int32(request.top_k),
                 top_p=jnp.float32(request.top_p),
                 repetition_penalty=jnp.float32(request.repetition_penalty),
-                seed=jnp.uint32(request.seed),
+                seed=jnp.uint32((request.seed + sample * SEED_STRIDE) % 2**32),
             ),
         )
 
@@ -266,14 +294,18 @@ class Engine:
         if not ended and on_tokens is None:
             return
         known = jax.tree.map(np.array, held)
-        for row, request in run.active.items():
+        for row, (request, sample) in run.active.items():
             new = known.tokens[row, run.told[row] : known.num_tokens[row]].tolist()
             run.told[row] = int(known.num_tokens[row])
             if on_tokens is not None and new:
-                on_tokens(request.id, new)
+                on_tokens(request.id, sample, new)
         for row in ended:
-            request = run.active.pop(row)
-            results[request.id] = _result(request, row, known, run.journal)
+            request, sample = run.active.pop(row)
+            done = run.done[request.id]
+            done.append((sample, _result(request, row, known, run.journal)))
+            if len(done) == request.n:
+                first, *more = (result for _, result in sorted(done, key=lambda pair: pair[0]))
+                results[request.id] = replace(first, more=tuple(more))
             self.state = loop.forget(self.state, jnp.int32(row))
             run.free_rows.append(row)
 
@@ -284,7 +316,8 @@ class _Run:
 
     waiting: deque[Request]
     free_rows: list[int]
-    active: dict[int, Request] = field(default_factory=dict)  # by row of the queue
+    active: dict[int, tuple[Request, int]] = field(default_factory=dict)  # and sample, by row
+    done: dict[str, list[tuple[int, Result]]] = field(default_factory=dict)  # samples, by request
     told: dict[int, int] = field(default_factory=dict)  # tokens already read, by row
     journal: Journal = field(default_factory=Journal)
 

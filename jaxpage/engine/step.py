@@ -131,7 +131,8 @@ def _forward_bucket(
     batch = pack(plan, requests, bucket, pool.page_size, pool.num_pages)
     states, pool = llama.forward(params, pool, batch, setup.model, setup.attention)
     nowhere = bucket + 1
-    end = batch.cu_q_lens[1:].at[_sampling_slots(plan)].get(mode="fill", fill_value=nowhere)
+    slot = plan.states.at[_sampling_slots(plan)].get(mode="fill", fill_value=plan.states.shape[0])
+    end = batch.cu_q_lens[1:].at[slot].get(mode="fill", fill_value=nowhere)
     # Filled, not only indexed: with one slot XLA would cut the state out of the layers' loop, and
     # then copy the pool where the branches end.
     return states.at[end - 1].get(mode="fill", fill_value=0), pool

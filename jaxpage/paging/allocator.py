@@ -60,6 +60,8 @@ class Allocator[T]:
     violations: Callable[[T], jax.Array]
     name: str = field(compare=False)
     reserve: ReserveFn = field(compare=False)
+    # (table, source, target, num_tokens), as in `page_table.share`; None where rows cannot share
+    share: Callable[[T, jax.Array, jax.Array, jax.Array], T] | None = None
     enter: Callable[..., T] = lambda table, *_: table
     settle: Callable[[T], T] = lambda table: table
 
@@ -123,6 +125,7 @@ PAGED: Allocator[PageTable] = Allocator(
     release=page_table.release,
     violations=page_table.violations,
     reserve=contiguous.reserve_oracle,
+    share=page_table.share,
 )
 
 
@@ -138,6 +141,7 @@ def with_prefix_cache(score: ScoreFn, hash_fn: HashFn = prefix_index.mix) -> All
         release=partial(prefix_cache.release, score=score),
         violations=prefix_cache.violations,
         reserve=contiguous.reserve_oracle,
+        share=prefix_cache.share,
         enter=partial(prefix_cache.enter, hash_fn=hash_fn),
         settle=prefix_cache.settle,
     )

@@ -274,7 +274,8 @@ def share(
     """
     columns = jnp.arange(table.page_indices.shape[1], dtype=jnp.int32)
     count = num_pages_for(num_tokens, table.page_size)
-    pages = jnp.where(columns < count, table.page_indices[source], table.num_pages)
+    held, target = first_read(table.page_indices[source], target)
+    pages = jnp.where(columns < count, held, table.num_pages)
     return table.replace(
         page_indices=table.page_indices.at[target].set(pages),
         lengths=table.lengths.at[target].set(num_tokens),

@@ -222,6 +222,17 @@ def enter(
     return lax.while_loop(lambda carry: jnp.any(carry[1] > 0), enter_some, (cache, pending))[0]
 
 
+def share(
+    cache: PrefixCache, source: jax.Array, target: jax.Array, num_tokens: jax.Array
+) -> PrefixCache:
+    """`page_table.share`; the target's full pages are in the index as far as the source's are."""
+    shared = jnp.minimum(cache.num_indexed[source], num_tokens // cache.page_size)
+    return cache.replace(
+        table=page_table.share(cache.table, source, target, num_tokens),
+        num_indexed=cache.num_indexed.at[target].set(shared),
+    )
+
+
 def settle(cache: PrefixCache) -> PrefixCache:
     """Ends a step: rows give up pages that have an equal in the index, and hold that one."""
     null = cache.num_pages

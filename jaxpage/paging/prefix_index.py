@@ -213,6 +213,10 @@ def _place(
     """
     null, live = index.num_pages, entries.pages < index.num_pages
     digests = _at(index.digests, entries.pages)[:, None]
+    # Rows may share a page that is to be entered: one row enters it, to the others it is there.
+    number = jnp.arange(live.shape[0])
+    is_same = entries.pages[:, None] == entries.pages[None]
+    is_repeat = live & jnp.any(is_same & (number[:, None] > number[None]), axis=1)
 
     def place(carry):
         buckets, open_, placed, equal = carry
@@ -230,9 +234,10 @@ def _place(
         wins = tries & (buckets[bucket, way] == entries.pages)
         return buckets, tries & ~wins, placed | wins, equal
 
-    start = (index.buckets, live, jnp.zeros_like(live), jnp.full_like(entries.pages, null))
+    nothing = jnp.full_like(entries.pages, null)
+    start = (index.buckets, live & ~is_repeat, jnp.zeros_like(live), nothing)
     buckets, _, placed, equal = lax.while_loop(lambda carry: jnp.any(carry[1]), place, start)
-    return buckets, placed, equal
+    return buckets, placed, jnp.where(is_repeat, entries.pages, equal)
 
 
 def _record(index: PrefixIndex, entries: Entries, stays: jax.Array, step: jax.Array) -> PrefixIndex:

@@ -37,7 +37,11 @@ class Sampling(struct.PyTreeNode):
 
 
 class Requests(struct.PyTreeNode):
-    """All requests held, `R` rows; a row is reused once its request is done and read."""
+    """All sequences held, `R` rows; a row is reused once its sequence is done and read.
+
+    Most requests are one sequence, and the words are one here. A request that wants several has as
+    many rows, of equal arrival and prompt.
+    """
 
     tokens: jax.Array  # i32[R, N], prompt, then output
     logprobs: jax.Array  # f32[R, N], of output tokens, at their positions
@@ -47,6 +51,7 @@ class Requests(struct.PyTreeNode):
     reserved_lens: jax.Array  # i32[R], tokens whose memory it is given if all is given at once
     salts: jax.Array  # i32[R], only requests with the same may share cached pages
     cached_lens: jax.Array  # i32[R], tokens that were cached when it was first admitted
+    groups: jax.Array  # i32[R], the row of the first sequence of the same request
     arrivals: jax.Array  # i32[R], order of arrival
     phases: jax.Array  # i32[R]
     finish_reasons: jax.Array  # i32[R]
@@ -96,6 +101,7 @@ def create(config: EngineConfig, allocator: Allocator) -> SchedulerState:
         reserved_lens=ints(),
         salts=ints(),
         cached_lens=ints(),
+        groups=jnp.arange(R, dtype=jnp.int32),
         arrivals=ints(),
         phases=ints(FREE),
         finish_reasons=ints(NOT_DONE),
@@ -128,12 +134,14 @@ def waiting_request(
     arrival: int,
     ignore_eos: bool,
     sampling: Sampling,
+    group: int,
     salt: int = 0,
 ) -> Requests:
     """One row of `Requests`, without the leading axis: a new request of `final_len` tokens at most.
 
     `reserved_len` is what the allocator's rule reserves for it; `max_len` is `N`, the row's
-    capacity; `sampling` holds scalars; `salt` is the number of those who may share cached pages.
+    capacity; `sampling` holds scalars; `group` is the row of the request's first sequence, this
+    row if it has no other; `salt` is the number of those who may share cached pages.
     """
     tokens = np.zeros((max_len,), np.int32)
     tokens[: len(prompt_ids)] = prompt_ids
@@ -150,6 +158,7 @@ def waiting_request(
         reserved_lens=integer(reserved_len),
         salts=integer(salt),
         cached_lens=integer(0),
+        groups=integer(group),
         arrivals=integer(arrival),
         phases=integer(WAITING),
         finish_reasons=integer(NOT_DONE),

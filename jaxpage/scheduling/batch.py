@@ -1,0 +1,109 @@
+"""A step in the making: who runs, with what pages, and how many tokens each brings."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxpage.config import EngineConfig
+from jaxpage.paging.allocator import Allocator, Table
+from jaxpage.scheduling.state import Requests
+
+
+class Copies(NamedTuple):
+    """Pages to copy, `sources[i]` to `targets[i]` for `i < count`, one after the other.
+
+    The order matters: a page may be copied, leave the cache, and be the target of a later copy.
+    """
+
+    sources: jax.Array  # i32[B], pages
+    targets: jax.Array  # i32[B], pages
+    count: jax.Array  # i32[]
+
+    @staticmethod
+    def none(num_slots: int, num_pages: int) -> "Copies":
+        nothing = jnp.full((num_slots,), num_pages, jnp.int32)
+        return Copies(nothing, nothing, jnp.asarray(0, jnp.int32))
+
+    def then(self, sources: jax.Array, targets: jax.Array, num_pages: int) -> "Copies":
+        """With the pairs of `i32[n]` that are pages, in their order, at the end."""
+        is_copy = targets < num_pages
+        place = self.count + jnp.cumsum(is_copy.astype(jnp.int32)) - 1
+        place = jnp.where(is_copy, place, self.targets.shape[0])
+        return Copies(
+            self.sources.at[place].set(sources, mode="drop"),
+            self.targets.at[place].set(targets, mode="drop"),
+            self.count + jnp.sum(is_copy, dtype=jnp.int32),
+        )
+
+
+class Batch(struct.PyTreeNode):
+    """What is planned so far."""
+
+    table: Table
+    requests: Requests
+    slots: jax.Array  # i32[B]
+    counts: jax.Array  # i32[B]
+    copies: Copies
+    num_found: jax.Array  # i32[]
+
+
+def of_slots(values: jax.Array, requests: jax.Array) -> jax.Array:
+    """`values[requests]`, and 0 for slots without a request."""
+    return values.at[requests].get(mode="fill", fill_value=0)
+
+
+def leaders(slots: jax.Array, groups: jax.Array) -> jax.Array:
+    """For each slot the first slot with a sequence of the same request, itself if it is that.
+
+    `slots: i32[B]` names the sequences, `groups: i32[R]` says which belong together; `i32[B]`.
+    """
+    num_slots = slots.shape[0]
+    index = jnp.arange(num_slots, dtype=jnp.int32)
+    group = groups.at[slots].get(mode="fill", fill_value=groups.shape[0])
+    first = jnp.full(groups.shape, num_slots, jnp.int32).at[group].min(index, mode="drop")
+    return first.at[group].get(mode="fill", fill_value=num_slots)
+
+
+def followers(slots: jax.Array, groups: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Slots whose sequence waits for its leader to compute the prompt of both, `bool[B]`."""
+    index = jnp.arange(slots.shape[0], dtype=jnp.int32)
+    return (lengths == 0) & (leaders(slots, groups) < index)
+
+
+def wanted(known: jax.Array, computed: jax.Array, prompt: jax.Array, config: EngineConfig):
+    """Tokens that a sequence would take now if the budget were its own.
+
+    With `batch_invariant` these never depend on anyone else: a prompt goes in chunks
+    between fixed positions, and output tokens go one by one, even when computed again.
+    """
+    if not config.batch_invariant:
+        return known - computed
+    chunk = max(config.token_budget // 2, 1)
+    whole = jnp.minimum(chunk - computed % chunk, prompt - computed)
+    return jnp.where(computed < prompt, whole, jnp.minimum(known - computed, 1))
+
+
+def whole_or_part(tokens: jax.Array, left: jax.Array, config: EngineConfig) -> jax.Array:
+    """What a sequence gets of the `left` tokens: with `batch_invariant`, all it wants or none."""
+    if config.batch_invariant:
+        return jnp.where(tokens <= left, tokens, 0)
+    return jnp.minimum(tokens, left)
+
+
+def take_pages(
+    batch: Batch, counts: jax.Array, config: EngineConfig, allocator: Allocator
+) -> Batch:
+    """Gives the rows pages for `counts` more tokens, and makes those findable that become full."""
+    # A row of n tokens starts at most ceil(n / S) pages, so all rows start budget / S and one each;
+    # and a row copies one page at most.
+    most_pages = config.token_budget // config.page_size + 2 * config.num_slots
+    table, taken = allocator.append(batch.table, counts, min(most_pages, config.num_pages))
+    requests = batch.requests
+    table = allocator.enter(table, requests.tokens, batch.slots, requests.salts)
+    return batch.replace(
+        table=table,
+        counts=batch.counts + counts,
+        copies=batch.copies.then(taken.sources, taken.targets, config.num_pages),
+    )
