@@ -8,6 +8,8 @@ INSPECT := .venv-inspect
 INSPECT_STAMP := $(INSPECT)/.installed
 # Modules compile when they are first imported, of which most never are.
 PIP := $(BIN)/python -m pip install --quiet --no-compile
+# Most of the tests' time is compilation, which has one thread.
+WORKERS := -n 2 --dist worksteal
 
 .PHONY: help setup demo test test-slow inspect check lint clean
 
@@ -35,10 +37,10 @@ $(INSPECT_STAMP): pyproject.toml Makefile
 	@touch $(INSPECT_STAMP)
 
 test: setup $(INSPECT_STAMP) ## Run the tests
-	INSPECT_PYTHON=$(INSPECT)/bin/python $(BIN)/python -m pytest
+	INSPECT_PYTHON=$(INSPECT)/bin/python $(BIN)/python -m pytest $(WORKERS)
 
 test-slow: setup $(INSPECT_STAMP) ## Run the exhaustive checks as well (tens of minutes)
-	INSPECT_PYTHON=$(INSPECT)/bin/python $(BIN)/python -m pytest -m 'slow or not slow'
+	INSPECT_PYTHON=$(INSPECT)/bin/python $(BIN)/python -m pytest $(WORKERS) -m 'slow or not slow'
 
 inspect: $(INSPECT_STAMP) ## Compile every kernel at every shape for cards that are not here
 	$(INSPECT)/bin/python -m pallas_kernels.inspect --target=a100

@@ -12,7 +12,7 @@ from absl import flags
 from experiments import common
 from jaxpage.checkpoint.load import LoadedModel
 from jaxpage.config import require
-from jaxpage.engine.host import Request
+from jaxpage.engine.request import Request
 
 FLAGS = flags.FLAGS
 

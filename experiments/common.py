@@ -18,7 +18,8 @@ from jaxpage.checkpoint.errors import CheckpointError
 from jaxpage.checkpoint.load import LoadedModel, load_model
 from jaxpage.checkpoint.store import cache_folder
 from jaxpage.config import ConfigError, EngineConfig, require
-from jaxpage.engine.host import Engine, Request
+from jaxpage.engine.host import Engine
+from jaxpage.engine.request import Request
 from jaxpage.engine.sizing import engine_config
 from jaxpage.engine.step import Setup
 from jaxpage.model.llama import AttentionFn

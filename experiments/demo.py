@@ -23,7 +23,8 @@ from experiments import claims, common, plots, serve
 from jaxpage.checkpoint.load import LoadedModel
 from jaxpage.checkpoint.tokenizer import StreamDecoder, Tokenizer
 from jaxpage.config import ConfigError, EngineConfig
-from jaxpage.engine.host import Engine, Request
+from jaxpage.engine.host import Engine
+from jaxpage.engine.request import Request
 from jaxpage.model.params import Params
 from jaxpage.model.placement import serving_params
 from jaxpage.sim.workloads import WorkItem

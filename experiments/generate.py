@@ -2,11 +2,12 @@
 
     python -m experiments.generate --prompts=IN.jsonl --out=OUT.jsonl --max_new_tokens=64
 
-Input lines are `{"id", "prompt"}` or `{"id", "prompt_ids"}`, with `"max_new_tokens"`, `"seed"`, `"n"`
-and `"tenant"` if wanted; output lines are `{"id", "prompt_ids", "output_ids", "text",
-"finish_reason", "cached_tokens"}` in input order. Of `n` samples the others stand in `"more"`.
-Requests of one tenant share the pages of what their prompts have in common (`--prefix_cache`). A
-request that cannot be served gets an `"error"` sentence and holds up no other.
+Input lines are `{"id", "prompt"}` or `{"id", "prompt_ids"}`, with `"max_new_tokens"`, `"seed"`,
+`"n"`, `"num_beams"` and `"tenant"` if wanted; output lines are `{"id", "prompt_ids", "output_ids",
+"text", "finish_reason", "cached_tokens"}` in input order. Of `n` samples, or of the `n` best of
+`num_beams` beams, the others stand in `"more"`. Requests of one tenant share the pages of what
+their prompts have in common (`--prefix_cache`). A request that cannot be served gets an `"error"`
+sentence and holds up no other.
 """
 
 import json
@@ -17,7 +18,8 @@ from absl import flags
 from experiments import common
 from jaxpage.checkpoint.load import LoadedModel
 from jaxpage.config import ConfigError, EngineConfig, require
-from jaxpage.engine.host import Journal, Request, Result
+from jaxpage.engine.host import Journal
+from jaxpage.engine.request import Request, Result
 from jaxpage.engine.sizing import engine_config
 
 FLAGS = flags.FLAGS
@@ -37,7 +39,10 @@ def define_flags() -> None:
     flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens only; 0 from all.")
     flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest tokens of this total probability.")
     flags.DEFINE_float("repetition_penalty", 1.0, "Divide the logits of tokens seen; 1 does not.")
-    flags.DEFINE_integer("n", 1, "How many samples of each prompt; they share its pages.")
+    flags.DEFINE_integer("n", 1, "How many samples, or beams, of each prompt to write.")
+    flags.DEFINE_integer("num_beams", 1, "From 2 on search for the likeliest text; draw nothing.")
+    flags.DEFINE_float("length_penalty", 1.0, "More than 0 favours long beams, less short ones.")
+    flags.DEFINE_bool("early_stopping", False, "End a search once as many beams have ended.")
     flags.DEFINE_integer("seed", 0, "The seed of requests that have none, mixed with their id.")
     flags.DEFINE_integer(
         "num_pages", None, "How many pages the pool has; by default enough for all slots."
@@ -98,6 +103,9 @@ def _read_requests(
             repetition_penalty=FLAGS.repetition_penalty,
             seed=common.seed_of(FLAGS.seed, _id_of(line)),
             n=FLAGS.n,
+            num_beams=FLAGS.num_beams,
+            length_penalty=FLAGS.length_penalty,
+            early_stopping=FLAGS.early_stopping,
             ignore_eos=FLAGS.ignore_eos,
         )
         try:
@@ -128,7 +136,7 @@ def _fill(request: Request, line: dict, model: LoadedModel) -> Request:
             )
         prompt_ids = tokenizer.encode(text)
     request = replace(request, prompt_ids=tuple(prompt_ids))
-    for name in ("max_new_tokens", "seed", "n"):
+    for name in ("max_new_tokens", "seed", "n", "num_beams"):
         value = line.get(name, getattr(request, name))
         require(type(value) is int, f'"{name}" must be an integer, got {value!r:.80}')
         request = replace(request, **{name: value})
@@ -146,11 +154,12 @@ def _size(model: LoadedModel, requests: list[Request]) -> EngineConfig:
         model.config,
         max_seq_len=longest,
         num_slots=FLAGS.num_slots,
-        num_requests=min(max(sum(max(r.n, 1) for r in requests), FLAGS.num_slots), 1024),
+        num_requests=min(max(sum(r.num_rows for r in requests), 2 * FLAGS.num_slots), 1024),
         page_size=FLAGS.page_size,
         kv_dtype=FLAGS.dtype,
         num_pages=FLAGS.num_pages,
         batch_invariant=FLAGS.batch_invariant,
+        max_beams=min(max([r.num_beams for r in requests], default=1), FLAGS.num_slots),
     )
 
 
@@ -172,6 +181,8 @@ def _sample_of(result: Result, model: LoadedModel) -> dict:
         "text": tokenizer.decode(result.output_ids) if tokenizer is not None else None,
         "finish_reason": result.finish_reason,
     }
+    if result.score is not None:
+        row["score"] = result.score
     if FLAGS.logprobs:
         row["logprobs"] = result.logprobs
     return row

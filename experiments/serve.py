@@ -20,7 +20,8 @@ from tqdm import tqdm
 from experiments import common
 from jaxpage.checkpoint.load import LoadedModel
 from jaxpage.config import ConfigError
-from jaxpage.engine.host import Engine, Journal, Request, Result
+from jaxpage.engine.host import Engine, Journal
+from jaxpage.engine.request import Request, Result
 from jaxpage.engine.sizing import engine_config
 from jaxpage.sim.metrics import summarise
 from jaxpage.sim.workloads import WorkItem, Workload, serving_workload

@@ -80,7 +80,8 @@ class EngineConfig:
     `token_buckets` are the step sizes that get a compiled branch, ascending; the last is the
     step's token budget. `headroom_pages` is how many pages beyond those of its known tokens each
     running sequence must be able to take, as far as it can come to need them, when another is
-    admitted: who is let in then is not preempted a few tokens later. `log_steps` is how many step
+    admitted: who is let in then is not preempted a few tokens later. `max_beams` is the greatest
+    width of a beam search, 1 for none. `log_steps` is how many step
     records the device holds before the host must read them.
     """
 
@@ -91,6 +92,7 @@ class EngineConfig:
     num_requests: int
     token_buckets: tuple[int, ...]
     headroom_pages: int = 0
+    max_beams: int = 1
     log_steps: int = 64
     record_page_map: bool = False
     batch_invariant: bool = False
@@ -103,6 +105,10 @@ class EngineConfig:
         require(
             self.headroom_pages >= 0,
             f"headroom_pages={self.headroom_pages} must not be negative: 0 keeps none",
+        )
+        require(
+            1 <= self.max_beams <= self.num_slots,
+            f"max_beams={self.max_beams} must be from 1 to num_slots={self.num_slots}",
         )
         buckets = self.token_buckets
         require(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from experiments import claims, demo
-from jaxpage.engine.host import Result
+from jaxpage.engine.request import Result
 from jaxpage.engine.sizing import engine_config
 from jaxpage.model.presets import PRESETS
 

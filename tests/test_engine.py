@@ -10,7 +10,8 @@ from tiny_engine import CONFIG, REQUESTS, TINY, build, outputs, params_of, setup
 
 from jaxpage.config import ConfigError
 from jaxpage.engine import loop, step
-from jaxpage.engine.host import Engine, Request
+from jaxpage.engine.host import Engine
+from jaxpage.engine.request import Request
 from jaxpage.model.params import init_params
 from jaxpage.model.placement import serving_params
 from jaxpage.scheduling.policies import POLICIES

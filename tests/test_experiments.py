@@ -92,6 +92,20 @@ def test_samples_of_a_prompt_stand_in_one_line(tmp_path):
     assert "more" not in alone
 
 
+def test_the_best_beams_of_a_prompt_stand_in_one_line(tmp_path):
+    done, (searched, wide) = generate(
+        tmp_path,
+        {"id": "searched", "prompt_ids": [1, 2, 3], "n": 2},
+        {"id": "wide", "prompt_ids": [1, 2, 3], "num_beams": 3},
+        flags=("--max_new_tokens=8", "--num_beams=2", "--length_penalty=0.5"),
+    )
+    assert done.returncode == 0, done.stderr
+    (second,) = searched["more"]
+    assert searched["score"] > second["score"]
+    assert searched["output_ids"] != second["output_ids"]
+    assert "num_beams=3" in wide["error"]
+
+
 def test_a_request_larger_than_the_pool_is_refused_alone(tmp_path):
     done, rows = generate(
         tmp_path,

@@ -15,7 +15,8 @@ import pytest
 
 from jaxpage.checkpoint.load import load_model
 from jaxpage.config import EngineConfig
-from jaxpage.engine.host import Engine, Request, Result
+from jaxpage.engine.host import Engine
+from jaxpage.engine.request import Request, Result
 from jaxpage.engine.step import Setup
 from jaxpage.model.placement import serving_params
 from jaxpage.paging.allocator import ALLOCATORS, CACHED

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 from tiny_engine import CONFIG, PROMPTS, REQUESTS, build, setup_of
 
-from jaxpage.engine.host import Engine, Request
+from jaxpage.engine.host import Engine
+from jaxpage.engine.request import Request
 from jaxpage.paging import page_table
 from jaxpage.scheduling.state import DONE
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from tiny_engine import CONFIG, PROMPTS, build, setup_of
 
-from jaxpage.engine.host import SEED_STRIDE, Engine, Request, Result
+from jaxpage.engine.host import SEED_STRIDE, Engine
+from jaxpage.engine.request import Request, Result
 from jaxpage.scheduling.state import PREEMPTED, RUNNING, WAITING
 
 NEW_TOKENS = 9

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxpage.config import EngineConfig, ModelConfig
-from jaxpage.engine.host import Engine, Request
+from jaxpage.engine.host import Engine
+from jaxpage.engine.request import Request
 from jaxpage.engine.step import Setup
 from jaxpage.model.params import init_params
 from jaxpage.model.placement import serving_params

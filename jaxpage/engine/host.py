@@ -17,61 +17,21 @@ from jax.typing import DTypeLike
 
 from jaxpage.config import ConfigError
 from jaxpage.engine import loop, step
+from jaxpage.engine.request import Request, Result, refusal, reserved_len
 from jaxpage.engine.step import Setup
 from jaxpage.model.params import Params
-from jaxpage.paging.page_table import num_pages_for
 from jaxpage.scheduling.accounting import StepRecord
-from jaxpage.scheduling.state import DONE, FINISH_REASONS, Requests, Sampling, waiting_request
+from jaxpage.scheduling.state import (
+    DONE,
+    FINISH_REASONS,
+    Beams,
+    Requests,
+    Sampling,
+    waiting_request,
+)
 
 TokenFn = Callable[[str, int, list[int]], None]  # (request id, which sample, its new tokens)
 SEED_STRIDE = 0x9E3779B9  # between a request's samples: near 2**32 over the golden ratio
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a user asks for. `temperature` 0 is greedy; see `scheduling.state.Sampling`."""
-
-    id: str
-    prompt_ids: tuple[int, ...]
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    n: int = 1  # samples of the one prompt
-    ignore_eos: bool = False
-    tenant: str = ""  # only requests of the same share cached pages
-    arrival_s: float = 0.0  # after the start of serving
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of a request. Times are seconds after the start of serving.
-
-    With `n > 1` this is its first sample, and `more` are the others.
-    """
-
-    request: Request
-    output_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: str = "error"
-    error: str | None = None
-    num_preemptions: int = 0
-    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
-    first_token_s: float = float("nan")
-    finish_s: float = float("nan")
-    more: tuple["Result", ...] = ()
-
-    @property
-    def latency_s(self) -> float:
-        """From arrival to the last token."""
-        return self.finish_s - self.request.arrival_s
-
-    @property
-    def normalized_latency_s(self) -> float:
-        """Latency by output token, s/token: the paper's metric (its section 6.1)."""
-        return self.latency_s / max(len(self.output_ids), 1)
 
 
 @dataclass
@@ -118,7 +78,7 @@ class Engine:
         return time.perf_counter() - start_s
 
     def submit(self, request: Request, rows: Sequence[int]) -> None:
-        """Puts a request that `refusal` has nothing against in `n` free `rows`, ascending."""
+        """Puts a request that `refusal` has nothing against in its free `rows`, ascending."""
         for sample, row in enumerate(rows):
             # Where nothing can be shared each sample is a sequence of its own.
             group = row if self.setup.allocator.share is None else rows[0]
@@ -133,47 +93,7 @@ class Engine:
 
     def refusal(self, request: Request) -> str | None:
         """Why this request cannot be served, in a sentence with the remedy; None if it can."""
-        config, model = self.setup.engine, self.setup.model
-        prompt_len, new = len(request.prompt_ids), request.max_new_tokens
-        final_len = prompt_len + new
-        if prompt_len == 0:
-            return "the prompt is empty: give at least one token"
-        if new <= 0:
-            return f"max_new_tokens={new} must be at least 1"
-        for token in request.prompt_ids:
-            if not 0 <= token < model.vocab_size:
-                return f"prompt token {token} is outside the vocabulary [0, {model.vocab_size})"
-        limit = min(config.max_seq_len, model.max_position)
-        if final_len > limit:
-            return (
-                f"prompt of {prompt_len} tokens + max_new_tokens={new} is {final_len}, more than "
-                f"a slot's {limit}: shorten one of them or raise pages_per_slot"
-            )
-        most = min(config.num_slots, config.num_requests)
-        if not 1 <= request.n <= most:
-            return f"n={request.n} must be from 1 to {most}, the slots and rows that there are"
-        if request.n > 1 and request.temperature == 0:
-            return (
-                f"n={request.n} with temperature=0 is the same sample {request.n} times: raise it"
-            )
-        if not 0 <= request.seed < 2**32:
-            return f"seed={request.seed} must be in [0, 2**32)"
-        refused = {
-            "temperature": not 0 <= request.temperature < float("inf"),
-            "top_k": request.top_k < 0,
-            "top_p": not 0 < request.top_p <= 1,
-            "repetition_penalty": not request.repetition_penalty > 0,
-        }
-        for name, is_refused in refused.items():
-            if is_refused:
-                return f"{name}={getattr(request, name)} is out of range"
-        needed = self._pages_at_most(prompt_len, final_len, request.n)
-        if needed > config.num_pages:
-            return (
-                f"the request needs {needed} pages at once and the pool has {config.num_pages}: "
-                "raise the KV budget or shorten the request"
-            )
-        return None
+        return refusal(self.setup, request)
 
     def serve(
         self,
@@ -220,33 +140,18 @@ class Engine:
         run.journal.wall_s = time.perf_counter() - start_s
         return [results[request.id] for request in requests], run.journal
 
-    def _pages_at_most(self, prompt_len: int, final_len: int, n: int) -> int:
-        """Pages that must be had at once: all samples' together, but one's of the contiguous.
-
-        Samples share the full pages of their prompt. Contiguous runs are whole buddies.
-        """
-        tokens = self._reserved_len(prompt_len, final_len)
-        pages = num_pages_for(tokens, self.setup.engine.page_size)
-        if not self.setup.allocator.grows:
-            return 1 << (pages - 1).bit_length()
-        return pages + (n - 1) * (pages - prompt_len // self.setup.engine.page_size)
-
-    def _reserved_len(self, prompt_len: int, final_len: int) -> int:
-        """Tokens whose memory the allocator's rule reserves for a request."""
-        max_len = self.setup.engine.max_seq_len
-        reserve = self.setup.allocator.reserve
-        return int(reserve(jnp.int32(prompt_len), jnp.int32(final_len), max_len))
-
     def _feed(self, run: "_Run", now_s: float) -> None:
         """Submits the requests that have arrived, as far as the queue has rows."""
         while run.waiting and run.waiting[0].arrival_s <= now_s:
-            if run.waiting[0].n > len(run.free_rows):
+            if run.waiting[0].num_rows > len(run.free_rows):
                 return
             request = run.waiting.popleft()
-            rows = sorted(run.free_rows.pop() for _ in range(request.n))
+            rows = sorted(run.free_rows.pop() for _ in range(request.num_rows))
             self.submit(request, rows)
             run.done[request.id] = []
-            for sample, row in enumerate(rows):
+            # The result of a beam search is in its second half: before it stand the beams.
+            first = -request.num_beams if request.num_beams > 1 else 0
+            for sample, row in enumerate(rows, first):
                 run.active[row] = request, sample
                 run.told[row] = len(request.prompt_ids)
                 run.journal.request_ids[row] = request.id
@@ -257,11 +162,18 @@ class Engine:
         return waiting_request(
             request.prompt_ids,
             final_len=final_len,
-            reserved_len=self._reserved_len(prompt_len, final_len),
+            reserved_len=reserved_len(self.setup, prompt_len, final_len),
             max_len=self.setup.engine.max_seq_len,
             arrival=self._num_submitted,
             ignore_eos=request.ignore_eos,
             group=group,
+            held=sample >= request.num_slots,
+            beams=Beams(
+                widths=jnp.int32(request.num_beams if request.num_beams > 1 else 0),
+                scores=jnp.float32(0.0 if sample < request.num_slots else -jnp.inf),
+                length_penalties=jnp.float32(request.length_penalty),
+                stops_early=jnp.asarray(request.early_stopping),
+            ),
             salt=self._salts.setdefault(request.tenant, len(self._salts)),
             sampling=Sampling(
                 temperature=jnp.float32(request.temperature),
@@ -295,6 +207,9 @@ class Engine:
             return
         known = jax.tree.map(np.array, held)
         for row, (request, sample) in run.active.items():
+            # Until a beam search is over, nobody knows its tokens.
+            if request.num_beams > 1 and (phases[row] != DONE or not 0 <= sample < request.n):
+                continue
             new = known.tokens[row, run.told[row] : known.num_tokens[row]].tolist()
             run.told[row] = int(known.num_tokens[row])
             if on_tokens is not None and new:
@@ -303,8 +218,9 @@ class Engine:
             request, sample = run.active.pop(row)
             done = run.done[request.id]
             done.append((sample, _result(request, row, known, run.journal)))
-            if len(done) == request.n:
-                first, *more = (result for _, result in sorted(done, key=lambda pair: pair[0]))
+            if len(done) == request.num_rows:
+                done.sort(key=lambda pair: pair[0])
+                first, *more = (result for sample, result in done if 0 <= sample < request.n)
                 results[request.id] = replace(first, more=tuple(more))
             self.state = loop.forget(self.state, jnp.int32(row))
             run.free_rows.append(row)
@@ -336,6 +252,7 @@ def _result(request: Request, row: int, known: Requests, journal: Journal) -> Re
         request=request,
         output_ids=known.tokens[row, output].tolist(),
         logprobs=known.logprobs[row, output].tolist(),
+        score=float(known.beams.scores[row]) if request.num_beams > 1 else None,
         finish_reason=reason,
         error="the model gave logits that are not finite" if reason == "error" else None,
         num_preemptions=int(known.num_preemptions[row]),

@@ -38,6 +38,7 @@ def engine_config(
     num_pages: int | None = None,
     kv_bytes: int | None = None,
     batch_invariant: bool = False,
+    max_beams: int = 1,
     record_page_map: bool = False,
     pool_factor: int = 1,
 ) -> EngineConfig:
@@ -73,6 +74,7 @@ def engine_config(
         num_requests=num_requests,
         token_buckets=(2 * num_slots,) if batch_invariant else buckets,
         headroom_pages=1,
+        max_beams=max_beams,
         record_page_map=record_page_map,
         batch_invariant=batch_invariant,
     )

@@ -13,15 +13,18 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from jaxpage.config import EngineConfig, ModelConfig
+from jaxpage.config import EngineConfig, ModelConfig, require
 from jaxpage.model import llama, sampling
 from jaxpage.model.llama import AttentionFn, Batch
 from jaxpage.model.params import Params
 from jaxpage.paging import kv_pool, page_table, ragged
 from jaxpage.paging.allocator import Allocator
 from jaxpage.paging.kv_pool import KvPool
+from jaxpage.scheduling import beams
 from jaxpage.scheduling import state as scheduler_state
 from jaxpage.scheduling.accounting import StepRecord, record_step
+from jaxpage.scheduling.batch import of_slots
+from jaxpage.scheduling.beams import Candidates
 from jaxpage.scheduling.policies import PolicyFn
 from jaxpage.scheduling.state import Requests, SchedulerState
 from jaxpage.scheduling.step import Outcome, Plan, commit_step, plan_step
@@ -55,8 +58,23 @@ class EngineState(struct.PyTreeNode):
 
 
 def create(setup: Setup, kv_dtype) -> EngineState:
-    """A state with no requests, an empty pool and an empty log."""
+    """A state with no requests, an empty pool and an empty log.
+
+    Raises:
+      ConfigError: the setup can search no beams, and has some.
+    """
     config = setup.engine
+    require(
+        config.max_beams == 1 or setup.allocator.share is not None,
+        f"max_beams={config.max_beams}: beams share pages, and allocator={setup.allocator.name} "
+        "has none to share: take paged",
+    )
+    most = beams.num_candidates(config.max_beams, setup.model.eos_ids)
+    require(
+        most <= setup.model.vocab_size,
+        f"max_beams={config.max_beams} looks at {most} next tokens, and {setup.model.name} has "
+        f"only {setup.model.vocab_size}: search with fewer beams",
+    )
     rows = config.log_steps
     columns = config.num_pages if config.record_page_map else 0
     records = (jnp.zeros((rows,), jnp.int32) for _ in StepRecord._fields)  # each its own buffer
@@ -91,8 +109,8 @@ def execute(
     states, pool = lax.switch(chosen, branches, params, pool, plan, requests)
     outcome = lax.cond(
         jnp.any(plan.samples),
-        lambda: _sample(params, states, plan, requests, setup.engine),
-        lambda: _nothing_sampled(setup.engine.num_slots),
+        lambda: _sample(params, states, plan, requests, setup),
+        lambda: _nothing_sampled(setup),
     )
     return pool, outcome
 
@@ -144,10 +162,10 @@ def _sampling_slots(plan: Plan) -> jax.Array:
 
 
 def _sample(
-    params: Params, states: jax.Array, plan: Plan, requests: Requests, config: EngineConfig
+    params: Params, states: jax.Array, plan: Plan, requests: Requests, setup: Setup
 ) -> Outcome:
     """Samples from the states of `_forward_bucket`; the head multiplies few rows if few sample."""
-    num_slots = config.num_slots
+    config, num_slots = setup.engine, setup.engine.num_slots
     slot = _sampling_slots(plan)
     request = plan.requests.at[slot].get(mode="fill", fill_value=requests.phases.shape[0])
     position = requests.num_tokens.at[request].get(mode="fill", fill_value=0)
@@ -171,9 +189,19 @@ def _sample(
     )
 
     def by_slot(values: jax.Array) -> jax.Array:
-        return jnp.zeros((num_slots,), values.dtype).at[slot].set(values, mode="drop")
+        nothing = jnp.zeros((num_slots, *values.shape[1:]), values.dtype)
+        return nothing.at[slot].set(values, mode="drop")
 
-    return Outcome(by_slot(tokens), by_slot(logprobs), by_slot(failed))
+    outcome = Outcome(by_slot(tokens), by_slot(logprobs), by_slot(failed))
+    nothing = _nothing_sampled(setup).candidates
+    if nothing is None:
+        return outcome
+    candidates = lax.cond(
+        jnp.any(of_slots(requests.beams.widths, request) > 0),
+        lambda: Candidates(*map(by_slot, sampling.likeliest(logits, nothing.tokens.shape[1]))),
+        lambda: nothing,
+    )
+    return outcome._replace(candidates=candidates)
 
 
 def _padded_logits(size: int, params: Params, states: jax.Array) -> jax.Array:
@@ -189,11 +217,15 @@ def _history(requests: Requests, request: jax.Array, lengths: jax.Array, nothing
     return jnp.where(index < lengths[:, None], tokens, nothing)
 
 
-def _nothing_sampled(num_slots: int) -> Outcome:
+def _nothing_sampled(setup: Setup) -> Outcome:
+    num_slots = setup.engine.num_slots
+    of_each = (num_slots, beams.num_candidates(setup.engine.max_beams, setup.model.eos_ids))
+    candidates = Candidates(jnp.zeros(of_each, jnp.int32), jnp.zeros(of_each, jnp.float32))
     return Outcome(
         tokens=jnp.zeros((num_slots,), jnp.int32),
         logprobs=jnp.zeros((num_slots,), jnp.float32),
         failed=jnp.zeros((num_slots,), jnp.bool_),
+        candidates=candidates if of_each[1] > 0 else None,
     )
 
 

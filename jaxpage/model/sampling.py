@@ -59,6 +59,12 @@ def first_argmax(values: jax.Array) -> jax.Array:
     return first_index_of(values, jnp.max(values, axis=-1))
 
 
+def likeliest(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The `count` likeliest tokens of each row of `f32[n, V]`, best first, and their logprobs."""
+    top, tokens = lax.top_k(logits, count)
+    return tokens, top - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+
+
 def first_index_of(values: jax.Array, wanted: jax.Array) -> jax.Array:
     """The first index in each row of `values` that holds `wanted: f32[n]`, the last if none does.
 

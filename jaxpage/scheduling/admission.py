@@ -21,6 +21,7 @@ from jaxpage.scheduling.batch import (
     followers,
     leaders,
     of_slots,
+    own_pace,
     take_pages,
     wanted,
     whole_or_part,
@@ -127,7 +128,8 @@ def _first_count(
 ) -> jax.Array:
     """Tokens that a request brings to the step that admits it, of which `computed` are found."""
     requests = batch.requests
-    tokens = wanted(requests.num_tokens[request], computed, requests.prompt_lens[request], config)
+    known = own_pace(requests)[request]
+    tokens = wanted(known, computed, requests.prompt_lens[request], config)
     return whole_or_part(tokens, config.token_budget - jnp.sum(batch.counts), config)
 
 

@@ -72,6 +72,16 @@ def followers(slots: jax.Array, groups: jax.Array, lengths: jax.Array) -> jax.Ar
     return (lengths == 0) & (leaders(slots, groups) < index)
 
 
+def own_pace(requests: Requests) -> jax.Array:
+    """Tokens that each sequence may compute without regard to others of its request, `i32[R]`.
+
+    The last token of a beam that has output is left: the search computes all of them in one step.
+    """
+    has_output = requests.num_tokens > requests.prompt_lens
+    is_last = (requests.beams.widths > 0) & has_output
+    return requests.num_tokens - is_last.astype(jnp.int32)
+
+
 def wanted(known: jax.Array, computed: jax.Array, prompt: jax.Array, config: EngineConfig):
     """Tokens that a sequence would take now if the budget were its own.
 

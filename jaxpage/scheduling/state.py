@@ -15,7 +15,7 @@ from jaxpage.config import EngineConfig
 from jaxpage.paging.allocator import Allocator, Table
 
 # Phases of a request.
-FREE, WAITING, PREEMPTED, RUNNING, DONE = range(5)
+FREE, WAITING, PREEMPTED, RUNNING, DONE, HELD = range(6)  # HELD: what a beam search keeps
 
 # Why a request is done.
 NOT_DONE, STOP, LENGTH, ERROR = range(4)
@@ -36,11 +36,20 @@ class Sampling(struct.PyTreeNode):
     seed: jax.Array  # u32[n]
 
 
+class Beams(struct.PyTreeNode):
+    """Beam search, for each of `n` sequences; see `scheduling.beams`."""
+
+    widths: jax.Array  # i32[n], beams of its request; 0 where none are searched
+    scores: jax.Array  # f32[n], log probability of all output; with length penalty where HELD
+    length_penalties: jax.Array  # f32[n], the power of the length that divides a score
+    stops_early: jax.Array  # bool[n], over as soon as as many have ended as there are beams
+
+
 class Requests(struct.PyTreeNode):
     """All sequences held, `R` rows; a row is reused once its sequence is done and read.
 
     Most requests are one sequence, and the words are one here. A request that wants several has as
-    many rows, of equal arrival and prompt.
+    many rows, of equal arrival and prompt; a beam search has twice its width.
     """
 
     tokens: jax.Array  # i32[R, N], prompt, then output
@@ -60,6 +69,7 @@ class Requests(struct.PyTreeNode):
     first_steps: jax.Array  # i32[R], step that gave the first output token, -1 before
     final_steps: jax.Array  # i32[R], step that ended it, -1 before
     sampling: Sampling  # of R
+    beams: Beams  # of R
 
 
 class SchedulerState(struct.PyTreeNode):
@@ -79,7 +89,7 @@ class SchedulerState(struct.PyTreeNode):
     def unfinished(self) -> jax.Array:
         """Requests that wait or run, `bool[R]`."""
         phases = self.requests.phases
-        return (phases != FREE) & (phases != DONE)
+        return (phases != FREE) & (phases != DONE) & (phases != HELD)
 
 
 def create(config: EngineConfig, allocator: Allocator) -> SchedulerState:
@@ -116,6 +126,12 @@ def create(config: EngineConfig, allocator: Allocator) -> SchedulerState:
             repetition_penalty=floats(1.0),
             seed=jnp.zeros((R,), jnp.uint32),
         ),
+        beams=Beams(
+            widths=ints(),
+            scores=floats(0.0),
+            length_penalties=floats(1.0),
+            stops_early=jnp.zeros((R,), jnp.bool_),
+        ),
     )
     return SchedulerState(
         requests=requests,
@@ -136,13 +152,17 @@ def waiting_request(
     sampling: Sampling,
     group: int,
     salt: int = 0,
+    beams: Beams | None = None,
+    held: bool = False,
 ) -> Requests:
     """One row of `Requests`, without the leading axis: a new request of `final_len` tokens at most.
 
     `reserved_len` is what the allocator's rule reserves for it; `max_len` is `N`, the row's
     capacity; `sampling` holds scalars; `group` is the row of the request's first sequence, this
-    row if it has no other; `salt` is the number of those who may share cached pages.
+    row if it has no other; `salt` is the number of those who may share cached pages. Of a beam
+    search, with scalars in `beams`, half of the rows are `held`.
     """
+    no_beams = Beams(jnp.int32(0), jnp.float32(0), jnp.float32(1), jnp.asarray(False))
     tokens = np.zeros((max_len,), np.int32)
     tokens[: len(prompt_ids)] = prompt_ids
 
@@ -160,13 +180,14 @@ def waiting_request(
         cached_lens=integer(0),
         groups=integer(group),
         arrivals=integer(arrival),
-        phases=integer(WAITING),
+        phases=integer(HELD if held else WAITING),
         finish_reasons=integer(NOT_DONE),
         ignore_eos=jnp.asarray(ignore_eos),
         num_preemptions=integer(0),
         first_steps=integer(-1),
         final_steps=integer(-1),
         sampling=sampling,
+        beams=no_beams if beams is None else beams,
     )
 
 

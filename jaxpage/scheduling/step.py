@@ -13,21 +13,23 @@ from flax import struct
 
 from jaxpage.config import EngineConfig
 from jaxpage.paging.allocator import Allocator
+from jaxpage.scheduling import beams
 from jaxpage.scheduling.admission import admit, share_prompts
 from jaxpage.scheduling.batch import (
     Batch,
     Copies,
     followers,
     of_slots,
+    own_pace,
     take_pages,
     wanted,
     whole_or_part,
 )
+from jaxpage.scheduling.beams import Candidates
 from jaxpage.scheduling.policies import PolicyFn
 from jaxpage.scheduling.state import (
     DONE,
     ERROR,
-    FREE,
     LENGTH,
     NOT_DONE,
     PREEMPTED,
@@ -67,6 +69,7 @@ class Outcome(NamedTuple):
     tokens: jax.Array  # i32[B]
     logprobs: jax.Array  # f32[B]
     failed: jax.Array  # bool[B], the row's logits are not finite
+    candidates: Candidates | None = None  # None where no beams are searched
 
 
 def plan_step(
@@ -82,7 +85,8 @@ def plan_step(
     num_requests = state.requests.phases.shape[0]
     computed = jnp.zeros((num_requests,), jnp.int32)
     computed = computed.at[state.slots].set(state.table.lengths, mode="drop")
-    ranks = _of_whole_requests(policy(state.requests, computed), state.requests)
+    ranks = policy(state.requests, computed)
+    ranks = _of_whole_requests(ranks, state.requests, state.unfinished)
 
     order = _slot_order(state, ranks)
     counts = _split_budget(state, order, config)
@@ -128,20 +132,23 @@ def commit_step(
     """Appends the sampled tokens, ends sequences, and gives their pages back.
 
     A sequence ends by one of `eos_ids` (unless it ignores them), by its length limit, or by an
-    error of its own row; no other row is touched by that.
+    error of its own row; no other row is touched by that. What a beam search does stands in
+    `scheduling.beams`.
     """
-    requests, rows = state.requests, jnp.where(plan.samples, plan.requests, _nobody(state))
+    requests = state.requests
+    samples = plan.samples & (of_slots(requests.beams.widths, plan.requests) == 0)
+    rows = jnp.where(samples, plan.requests, _nobody(state))
     position = of_slots(requests.num_tokens, rows)
     appended = jnp.where(outcome.failed, _nobody(state), rows)
     num_tokens = position + 1
-    is_eos = jnp.zeros_like(plan.samples)
+    is_eos = jnp.zeros_like(samples)
     for eos_id in eos_ids:
         is_eos |= outcome.tokens == eos_id
     is_eos &= ~requests.ignore_eos.at[rows].get(mode="fill", fill_value=True)
     reason = jnp.where(num_tokens >= of_slots(requests.final_lens, rows), LENGTH, NOT_DONE)
     reason = jnp.where(is_eos, STOP, reason)
     reason = jnp.where(outcome.failed, ERROR, reason)
-    ends = plan.samples & (reason != NOT_DONE)
+    ends = samples & (reason != NOT_DONE)
     ended = jnp.where(ends, plan.requests, _nobody(state))
     is_first = position == of_slots(requests.prompt_lens, rows)
     first = jnp.where(is_first, appended, _nobody(state))
@@ -155,12 +162,16 @@ def commit_step(
         first_steps=requests.first_steps.at[first].set(state.step, mode="drop"),
         final_steps=requests.final_steps.at[ended].set(state.step, mode="drop"),
     )
-    return state.replace(
+    state = state.replace(
         requests=requests,
         table=allocator.release(allocator.settle(state.table), ends),
         slots=jnp.where(ends, _nobody(state), state.slots),
-        step=state.step + 1,
     )
+    if outcome.candidates is not None:
+        state = beams.advance(
+            state, plan.samples, outcome.candidates, outcome.failed, allocator, eos_ids
+        )
+    return state.replace(step=state.step + 1)
 
 
 def _nobody(state: SchedulerState) -> int:
@@ -178,20 +189,29 @@ def _slot_order(state: SchedulerState, ranks: jax.Array) -> jax.Array:
 def _split_budget(state: SchedulerState, order: jax.Array, config: EngineConfig) -> jax.Array:
     """Tokens of each running slot, `i32[B]`: in order, each takes what it wants of what is left."""
     requests, slots, lengths = state.requests, state.slots, state.table.lengths
-    known, prompt = of_slots(requests.num_tokens, slots), of_slots(requests.prompt_lens, slots)
+    known, prompt = of_slots(own_pace(requests), slots), of_slots(requests.prompt_lens, slots)
     tokens = wanted(known, lengths, prompt, config)
-    tokens = jnp.where(followers(slots, requests.groups, lengths), 0, tokens)[order]
+    tokens = jnp.where(followers(slots, requests.groups, lengths), 0, tokens)
+    is_beam = of_slots(requests.beams.widths, slots) > 0
+    searches = config.max_beams > 1
+    if searches:
+        in_step = is_beam & ~_with_siblings(is_beam & (lengths != known), state)
+        in_step &= of_slots(requests.num_tokens, slots) > known
+        tokens = jnp.where(in_step, 1, tokens)
+    tokens = tokens[order]
     before = jnp.cumsum(tokens) - tokens
     left = jnp.maximum(config.token_budget - before, 0)
     granted = whole_or_part(tokens, left, config)
-    return jnp.zeros_like(granted).at[order].set(granted)
+    granted = jnp.zeros_like(granted).at[order].set(granted)
+    if searches:
+        granted = jnp.where(_with_siblings(in_step & (granted == 0), state), 0, granted)
+    return granted
 
 
-def _of_whole_requests(ranks: jax.Array, requests: Requests) -> jax.Array:
+def _of_whole_requests(ranks: jax.Array, requests: Requests, unfinished: jax.Array) -> jax.Array:
     """The ranks, `i32[R]`, where sequences of one request all have the lowest of theirs."""
-    goes_on = (requests.phases != FREE) & (requests.phases != DONE)
     furthest = jnp.full_like(ranks, jnp.iinfo(jnp.int32).max)
-    best = furthest.at[requests.groups].min(jnp.where(goes_on, ranks, furthest))
+    best = furthest.at[requests.groups].min(jnp.where(unfinished, ranks, furthest))
     return best[requests.groups]
 
 
