@@ -19,9 +19,10 @@ from absl import flags
 from jax import lax
 
 from experiments import common
-from jaxpage.config import EngineConfig, require
+from jaxpage.config import PREEMPTION_MODES, EngineConfig, require
 from jaxpage.paging.allocator import ALLOCATORS, CACHED, Allocator
 from jaxpage.scheduling import state as scheduler_state
+from jaxpage.scheduling.beams import Candidates, num_candidates
 from jaxpage.scheduling.policies import POLICIES
 from jaxpage.scheduling.state import WAITING, SchedulerState
 from jaxpage.scheduling.step import Outcome, commit_step, plan_step
@@ -40,6 +41,8 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "eviction", "off", ["off", *CACHED], "The prefix cache's eviction policy, or no cache."
     )
+    flags.DEFINE_enum("preemption", "recompute", PREEMPTION_MODES, "The mode of preemption.")
+    flags.DEFINE_integer("max_beams", 1, "The widest beam search to be ready for.", lower_bound=1)
     flags.DEFINE_enum("policy", "fcfs", sorted(POLICIES), "The order of requests.")
     flags.DEFINE_integer("steps", 64, "How many steps to time at once.", lower_bound=1)
 
@@ -59,6 +62,9 @@ def main(_: list[str]) -> None:
                 pages_per_slot=PAGES_PER_SLOT,
                 num_requests=2 * num_slots,
                 token_buckets=(max(512, 2 * num_slots),),
+                max_beams=FLAGS.max_beams,
+                preemption=FLAGS.preemption,
+                host_pages=0 if FLAGS.preemption == "recompute" else num_slots * PAGES_PER_SLOT,
             )
             rows.append(measure(config, allocator))
             print(json.dumps(rows[-1]), flush=True)
@@ -72,6 +78,7 @@ def measure(config: EngineConfig, allocator: Allocator) -> dict:
         tokens=jnp.full((config.num_slots,), 5, jnp.int32),
         logprobs=jnp.zeros((config.num_slots,), jnp.float32),
         failed=jnp.zeros((config.num_slots,), jnp.bool_),
+        candidates=_no_candidates(config) if config.max_beams > 1 else None,
     )
 
     def step(carry):
@@ -107,6 +114,11 @@ def measure(config: EngineConfig, allocator: Allocator) -> dict:
         "steps": int(state.step),
         "violations": int(jnp.sum(allocator.violations(state.table))),
     }
+
+
+def _no_candidates(config: EngineConfig) -> Candidates:
+    shape = (config.num_slots, num_candidates(config.max_beams, eos_ids=(2,)))
+    return Candidates(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
 
 
 def _full_queue(config: EngineConfig, allocator: Allocator) -> SchedulerState:

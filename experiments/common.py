@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from absl import app, flags, logging
 from jaxpage.checkpoint.errors import CheckpointError
 from jaxpage.checkpoint.load import LoadedModel, load_model
 from jaxpage.checkpoint.store import cache_folder
-from jaxpage.config import ConfigError, EngineConfig, require
+from jaxpage.config import PREEMPTION_MODES, ConfigError, EngineConfig, require
 from jaxpage.engine.host import Engine
 from jaxpage.engine.request import Request
 from jaxpage.engine.sizing import engine_config
@@ -75,6 +76,25 @@ def define_engine_flags(num_slots: int = 32, prefix_cache: bool = True) -> None:
     flags.DEFINE_enum(
         "eviction", "lru", list(CACHED), "Which page leaves the prefix cache when pages run short."
     )
+    flags.DEFINE_enum(
+        "preemption",
+        "recompute",
+        PREEMPTION_MODES,
+        "What becomes of sequences when pages run out: recompute them, swap whole ones out to the "
+        "host, or move only as many pages as are needed; with pages only.",
+    )
+    flags.DEFINE_integer(
+        "host_bytes",
+        None,
+        "How much memory of the host pages may take; by default as much as the pool.",
+        lower_bound=1,
+    )
+    flags.DEFINE_integer(
+        "transfer_budget",
+        0,
+        "How many pages may move each way in one step of fine preemption; 0 sets no limit.",
+        lower_bound=0,
+    )
     flags.DEFINE_bool(
         "batch_invariant",
         False,
@@ -120,7 +140,12 @@ def build_engine(model: LoadedModel, config: EngineConfig, allocator: str = "pag
 
 
 def engine_for(model: LoadedModel, params: dict, config: EngineConfig, allocator: str) -> Engine:
-    """An engine on parameters that are already in serving form, to be shared by several."""
+    """An engine on parameters that are already in serving form, to be shared by several.
+
+    In contiguous memory nothing is ever preempted, whatever the mode.
+    """
+    if not ALLOCATORS[allocator].grows:
+        config = replace(config, preemption="recompute", host_pages=0)
     setup = Setup(
         model=model.config,
         engine=config,
@@ -134,6 +159,12 @@ def engine_for(model: LoadedModel, params: dict, config: EngineConfig, allocator
 def allocator_named(name: str) -> Allocator:
     """The allocator, which keeps prefixes if it can and `--prefix_cache` says so."""
     return CACHED[FLAGS.eviction] if name == "paged" and FLAGS.prefix_cache else ALLOCATORS[name]
+
+
+def preemption_flags() -> dict[str, Any]:
+    """What the flags say of preemption, for `engine_config`."""
+    names = ("preemption", "host_bytes", "transfer_budget")
+    return {name: getattr(FLAGS, name) for name in names}
 
 
 @functools.cache  # programs are compiled for each object
@@ -181,7 +212,7 @@ def config_for(model: LoadedModel, requests: Sequence[Request], **capacities: An
         page_size=FLAGS.page_size,
         kv_dtype=FLAGS.dtype,
         batch_invariant=FLAGS.batch_invariant,
-        **capacities,
+        **(preemption_flags() | capacities),
     )
 
 

@@ -73,6 +73,9 @@ class ModelConfig:
         return values * np.dtype(dtype).itemsize
 
 
+PREEMPTION_MODES = ("recompute", "swap", "fine")
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """Capacities of a serving state. All contents are data; only these compile.
@@ -81,7 +84,9 @@ class EngineConfig:
     step's token budget. `headroom_pages` is how many pages beyond those of its known tokens each
     running sequence must be able to take, as far as it can come to need them, when another is
     admitted: who is let in then is not preempted a few tokens later. `max_beams` is the greatest
-    width of a beam search, 1 for none. `log_steps` is how many step
+    width of a beam search, 1 for none. `preemption` is a mode of `scheduling.preemption`; all but
+    `recompute` need `host_pages`, and `fine` moves at most `transfer_budget` pages a step each way,
+    0 for as many as a step can need. `log_steps` is how many step
     records the device holds before the host must read them.
     """
 
@@ -93,6 +98,9 @@ class EngineConfig:
     token_buckets: tuple[int, ...]
     headroom_pages: int = 0
     max_beams: int = 1
+    preemption: str = "recompute"
+    host_pages: int = 0
+    transfer_budget: int = 0
     log_steps: int = 64
     record_page_map: bool = False
     batch_invariant: bool = False
@@ -109,6 +117,19 @@ class EngineConfig:
         require(
             1 <= self.max_beams <= self.num_slots,
             f"max_beams={self.max_beams} must be from 1 to num_slots={self.num_slots}",
+        )
+        require(
+            self.preemption in PREEMPTION_MODES,
+            f"preemption={self.preemption!r} must be one of {', '.join(PREEMPTION_MODES)}",
+        )
+        require(
+            self.host_pages > 0 if self.preemption != "recompute" else self.host_pages == 0,
+            f"host_pages={self.host_pages} with preemption={self.preemption!r}: swap and fine need "
+            "pages on the host, recompute has no use for them",
+        )
+        require(
+            self.transfer_budget >= 0,
+            f"transfer_budget={self.transfer_budget} must not be negative: 0 sets no limit",
         )
         buckets = self.token_buckets
         require(
@@ -129,6 +150,21 @@ class EngineConfig:
     def max_seq_len(self) -> int:
         """Tokens that one sequence can have, `N = M * S`."""
         return self.pages_per_slot * self.page_size
+
+    @property
+    def most_new_pages(self) -> int:
+        """Pages that one step can need."""
+        # A row of n tokens starts at most ceil(n / S) pages, so all rows start budget / S and one
+        # each; and a row copies one page at most.
+        most = self.token_budget // self.page_size + 2 * self.num_slots
+        return min(most, self.num_pages)
+
+    @property
+    def moves_at_most(self) -> int:
+        """Pages that may move to the host, or back, in one step."""
+        if self.preemption != "fine":
+            return self.host_pages
+        return min(self.transfer_budget or self.most_new_pages, self.host_pages)
 
     @property
     def token_budget(self) -> int:

@@ -189,12 +189,15 @@ def test_searches_give_what_plain_python_gives(requests, seed, eos_bonus, alloca
         check(state, held, request, table)
 
 
-@pytest.mark.parametrize("allocator", ["paged", "lru"])
-def test_preempted_searches_give_what_they_would_have_given(allocator):
+@pytest.mark.parametrize(
+    ("allocator", "mode"), [("paged", "recompute"), ("lru", "fine"), ("paged", "swap")]
+)
+def test_preempted_searches_give_what_they_would_have_given(allocator, mode):
     requests = [search_of(range(1, 5), 2, 9), search_of([3, 2, 1], 4, 8), search_of([5], 1, 12)]
     table = tables(seed=3, eos_bonus=-20.0)
-    roomy = replace(SMALL, num_pages=60)
-    tight = replace(SMALL, num_pages=17)
+    host_pages = 0 if mode == "recompute" else 40
+    tight = replace(SMALL, num_pages=18, preemption=mode, host_pages=host_pages)
+    roomy = replace(tight, num_pages=60)
     for config, wanted in ((tight, True), (roomy, False)):
         state, rows, preempted = run(requests, table, allocator, config=config)
         assert (preempted > 0) == wanted
@@ -234,13 +237,20 @@ def test_beams_share_all_but_what_differs():
         assert held.tolist() == [HELD] * 4
 
 
-def test_a_search_on_the_model_is_the_same_under_pressure():
+@functools.cache
+def roomy_with_beams():
+    return build(setup_of(replace(CONFIG, max_beams=3, num_pages=60)))
+
+
+@pytest.mark.parametrize("mode", ["recompute", "fine"])
+def test_a_search_on_the_model_is_the_same_under_pressure(mode):
     request = Request("s", tuple(range(40, 52)), 9, n=3, num_beams=3, ignore_eos=True)
     others = [Request(str(i), PROMPTS[i], 4 * i, ignore_eos=True) for i in (5, 2, 4)]
-    roomy = build(setup_of(replace(CONFIG, max_beams=3, num_pages=60)))
-    (expected,), _ = roomy.serve([request])
+    (expected,), _ = roomy_with_beams().serve([request])
     assert len({tuple(beam.output_ids) for beam in (expected, *expected.more)}) == 3
-    engine = build(setup_of(replace(CONFIG, max_beams=3, num_pages=13), allocator="lru"))
+    host_pages = 0 if mode == "recompute" else 20
+    tight = replace(CONFIG, max_beams=3, num_pages=13, preemption=mode, host_pages=host_pages)
+    engine = build(setup_of(tight, allocator="lru"))
     told: dict[tuple[str, int], list[int]] = defaultdict(list)
 
     def listen(request_id, sample, tokens):

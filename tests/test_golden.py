@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxpage.checkpoint.load import load_model
-from jaxpage.config import EngineConfig
+from jaxpage.config import PREEMPTION_MODES, EngineConfig
 from jaxpage.engine.host import Engine
 from jaxpage.engine.request import Request, Result
 from jaxpage.engine.step import Setup
@@ -49,6 +49,7 @@ def build(
     allocator: str = "paged",  # or an eviction policy, for pages with a prefix cache
     batch_invariant: bool = False,
     policy: str = "fcfs",
+    preemption: str = "recompute",
 ) -> Engine:
     model, params = smollm2()
     config = EngineConfig(
@@ -59,6 +60,8 @@ def build(
         num_requests=8,
         token_buckets=(32,) if batch_invariant else (8, 96),
         batch_invariant=batch_invariant,
+        preemption=preemption,
+        host_pages=0 if preemption == "recompute" else 8 * pool_of(LONGEST, page_size),
     )
     setup = Setup(
         model, config, (ALLOCATORS | CACHED)[allocator], POLICIES[policy], paged_attention
@@ -70,7 +73,7 @@ def check(results: list[Result]) -> None:
     for result in results:
         assert result.error is None
         assert result.finish_reason == "length"
-        assert result.output_ids == EXPECTED[result.request.id]
+        assert result.output_ids == EXPECTED[result.request.id][: result.request.max_new_tokens]
 
 
 def check_nothing_is_held(engine: Engine) -> None:
@@ -92,22 +95,28 @@ def test_outputs_are_the_references_singly_together_and_in_any_order():
     check_nothing_is_held(engine)
 
 
-@pytest.mark.parametrize("page_size", [1, 8, 64])
-def test_a_pool_so_small_that_it_preempts_changes_no_token(page_size):
-    engine = build(page_size, num_pages=pool_of(LONGEST, page_size) * 3 // 2)
+@pytest.mark.parametrize("page_size, preemption", [(1, "recompute"), (8, "fine"), (64, "swap")])
+def test_a_pool_so_small_that_it_preempts_changes_no_token(page_size, preemption):
+    engine = build(page_size, num_pages=pool_of(LONGEST, page_size) * 3 // 2, preemption=preemption)
     results, journal = engine.serve(REQUESTS)
     check(results)
     check_nothing_is_held(engine)
     assert sum(result.num_preemptions for result in results) > 0
     assert sum(record["num_preempted"] for record in journal.records) > 0
+    computes_again = sum(record["num_recomputed"] for record in journal.records) > 0
+    assert computes_again == (preemption == "recompute")
 
 
 def check_with_prefix_cache(
-    eviction: str, page_size: int, policy: str = "fcfs", num_rounds: int = 3
+    eviction: str,
+    page_size: int,
+    policy: str = "fcfs",
+    preemption: str = "recompute",
+    num_rounds: int = 3,
 ) -> int:
     """Rounds in a pool that preempts and evicts; returns the tokens found in the cache."""
     longest = pool_of(LONGEST, page_size)
-    engine = build(page_size, longest * 3 // 2, eviction, policy=policy)
+    engine = build(page_size, longest * 3 // 2, eviction, policy=policy, preemption=preemption)
     num_found, num_preempted = 0, 0
     rounds = (REQUESTS, REQUESTS[::-1], [r for r in REQUESTS for _ in range(2)])
     for requests in rounds[:num_rounds]:
@@ -122,15 +131,18 @@ def check_with_prefix_cache(
 
 
 def test_a_prefix_cache_in_a_small_pool_changes_no_token():
-    assert check_with_prefix_cache("lru", page_size=4, num_rounds=2) > 0
+    assert check_with_prefix_cache("lru", page_size=4, preemption="fine", num_rounds=2) > 0
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("preemption", PREEMPTION_MODES)
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("page_size", [1, 4, 8, 16, 64])
 @pytest.mark.parametrize("eviction", CACHED)
-def test_no_combination_with_a_prefix_cache_changes_a_token(eviction, page_size, policy):
-    found = check_with_prefix_cache(eviction, page_size, policy)
+def test_no_combination_with_a_prefix_cache_changes_a_token(
+    eviction, page_size, policy, preemption
+):
+    found = check_with_prefix_cache(eviction, page_size, policy, preemption)
     assert found > 0 or page_size == 64
 
 
@@ -155,15 +167,17 @@ def test_every_contiguous_allocator_gives_the_same_tokens(allocator):
 
 
 def test_with_batch_invariance_log_probabilities_are_equal_to_the_bit_in_any_company():
-    """Alone, together, in another order, and with a pool that makes the engine preempt."""
+    """Alone, together, in another order, from a prefix cache, and in a pool that preempts."""
+    brief = [replace(request, max_new_tokens=24) for request in REQUESTS]
     roomy = build(16, num_pages=pool_of(8 * LONGEST, 16), batch_invariant=True)
-    together = {r.request.id: r for r in roomy.serve(REQUESTS)[0]}
+    together = {r.request.id: r for r in roomy.serve(brief)[0]}
     check(list(together.values()))
-    reversed_order = roomy.serve(REQUESTS[::-1])[0]
-    alone = [roomy.serve([request])[0][0] for request in REQUESTS[::3]]
-    tight = build(16, num_pages=pool_of(LONGEST, 16) * 3 // 2, batch_invariant=True)
-    preempted = tight.serve(REQUESTS)[0]
+    reversed_order = roomy.serve(brief[::-1])[0]
+    alone = [roomy.serve([request])[0][0] for request in brief[::3]]
+    tight = build(8, pool_of(LONGEST, 8), "lru", batch_invariant=True, preemption="fine")
+    preempted = [result for _ in range(2) for result in tight.serve(brief)[0]]
     assert sum(result.num_preemptions for result in preempted) > 0
+    assert sum(result.num_cached_tokens for result in preempted) > 0
     for result in (*reversed_order, *alone, *preempted):
         expected = together[result.request.id]
         assert result.output_ids == expected.output_ids

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -27,7 +28,7 @@ CONFIG = EngineConfig(
 )
 
 
-def copies_by_shape(allocator) -> Counter:
+def copies_by_shape(allocator, config=CONFIG) -> Counter:
     """How often the compiled loop over steps copies an array, by its shape."""
     drawn = Outcome(
         tokens=jnp.zeros((NUM_SLOTS,), jnp.int32),
@@ -36,16 +37,23 @@ def copies_by_shape(allocator) -> Counter:
     )
 
     def step(state):
-        state, plan = plan_step(state, CONFIG, allocator, fcfs)
+        state, plan = plan_step(state, config, allocator, fcfs)
         return commit_step(state, plan, drawn, allocator, eos_ids=(2,))
 
     @partial(jax.jit, donate_argnums=0)
     def steps(state: SchedulerState, limit):
         return jax.lax.while_loop(lambda state: state.step < limit, step, state)
 
-    state = scheduler_state.create(CONFIG, allocator)
+    state = scheduler_state.create(config, allocator)
     compiled = steps.lower(state, jnp.int32(3)).compile().as_text() or ""
     return Counter(re.findall(r"= \w+\[([\d,]*)\]\S* copy\(", compiled))
+
+
+def test_pages_that_move_copy_no_array_of_a_tiers_size():
+    config = replace(CONFIG, preemption="fine", host_pages=6007)
+    copies = copies_by_shape(CACHED["lru"], config)
+    assert copies["6007"] == 0
+    assert copies[str(NUM_PAGES)] <= 2
 
 
 @pytest.mark.parametrize("name", ["paged", "lru", "lfu"])

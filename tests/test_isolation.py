@@ -70,6 +70,7 @@ def test_sequences_that_share_a_prompts_pages_go_on_as_if_each_had_its_own(promp
             engine.submit(request, (row,))
         engine.advance(1)  # both prompts, and a token each
         scheduler = engine.state.scheduler
+        assert isinstance(scheduler.table, page_table.PageTable)
         assert scheduler.table.lengths.tolist()[:2] == [prompt_len] * 2
         if is_shared:
             table = page_table.release(scheduler.table, jnp.arange(4) == 1)
@@ -78,6 +79,7 @@ def test_sequences_that_share_a_prompts_pages_go_on_as_if_each_had_its_own(promp
             keep_only(engine, owned_pages(engine))
         engine.advance(8)
         state = engine.state
+        assert isinstance(state.scheduler.table, page_table.PageTable)
         assert page_table.violations(state.scheduler.table).tolist() == [0] * 5
         copied = int(state.log.records.num_copied[: int(state.log.count)].sum())
         assert copied == (1 if is_shared and prompt_len % CONFIG.page_size else 0)

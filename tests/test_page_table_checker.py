@@ -70,6 +70,8 @@ CORRUPTIONS = {
     "a length that claims a page more": ({"lengths": (0, 9)}, [0, 0, 1, 0, 0]),
     "a length that forgets a page": ({"lengths": (0, 4)}, [0, 0, 1, 0, 0]),
     "a length beyond the slot": ({"lengths": (1, 17)}, [0, 0, 1, 0, 1]),
+    "a page of the host that is not counted": ({"page_indices": ((1, 1), 11)}, [1, 1, 0, 0, 1]),
+    "a page of the host too many": ({"num_hosted": (1, 1)}, [0, 0, 0, 0, 1]),
     "a negative length": ({"lengths": (3, -1)}, [0, 0, 0, 0, 1]),
 }
 
@@ -87,7 +89,7 @@ def test_the_checker_counts_each_corruption_in_its_place(changes, counts):
 @settings(max_examples=150, deadline=None)
 @given(
     script=commands(SHAPES["pages of 3"], 8),
-    field=st.sampled_from(("page_indices", "ref_counts", "free_pages", "num_free")),
+    field=st.sampled_from(("page_indices", "ref_counts", "free_pages", "num_free", "num_hosted")),
     position=st.integers(0, 255),
     value=st.integers(-3, 12),
 )

@@ -90,15 +90,27 @@ def check_together(engine: Engine, groups: list[range], num_steps: int) -> int:
     pytest.fail("the requests never end")
 
 
-@every_memory
-@pytest.mark.parametrize("policy", ["fcfs", "shortest_first", "decode_first"])
-def test_samples_are_admitted_and_preempted_together_and_that_changes_no_token(allocator, policy):
+@pytest.mark.parametrize(
+    ("allocator", "policy", "mode"),
+    [
+        ("paged", "fcfs", "recompute"),
+        ("lru", "shortest_first", "recompute"),
+        ("lru", "decode_first", "fine"),
+        ("paged", "shortest_first", "fine"),
+        ("lru", "fcfs", "swap"),
+    ],
+)
+def test_samples_are_admitted_and_preempted_together_and_that_changes_no_token(
+    allocator, policy, mode
+):
     config = replace(CONFIG, num_slots=5, num_pages=13, num_requests=8, token_buckets=(5, 16))
+    host_pages = 0 if mode == "recompute" else 30
+    tight = replace(config, preemption=mode, host_pages=host_pages)
     requests = [
         replace(request_of(PROMPTS[i], n), id=str(i), seed=i, max_new_tokens=NEW_TOKENS + i)
         for i, n in ((3, 2), (1, 1), (2, 3), (4, 2))
     ]
-    engine = build(setup_of(config, allocator=allocator, policy=policy))
+    engine = build(setup_of(tight, allocator=allocator, policy=policy))
     groups, row = [], 0
     for request in requests:
         assert engine.refusal(request) is None

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxpage.config import ConfigError
 from jaxpage.engine import loop, step
 from jaxpage.engine.request import Request, Result, refusal, reserved_len
-from jaxpage.engine.step import Setup
+from jaxpage.engine.step import EngineState, Setup
 from jaxpage.model.params import Params
 from jaxpage.scheduling.accounting import StepRecord
 from jaxpage.scheduling.state import (
@@ -62,7 +62,9 @@ class Engine:
         self.params = params
         # Committed to its device like the parameters: else the second call would compile again.
         device = next(iter(jax.tree.leaves(params)[0].devices()))
-        self.state = jax.device_put(step.create(setup, kv_dtype), device)
+        state = step.create(setup, kv_dtype, device)
+        rest = jax.device_put(state.replace(host_pool=None), device)
+        self.state: EngineState = rest.replace(host_pool=state.host_pool)
         self._num_submitted = 0
         self._salts: dict[str, int] = {}  # by tenant; a number each, so that none can collide
 

@@ -39,6 +39,9 @@ def engine_config(
     kv_bytes: int | None = None,
     batch_invariant: bool = False,
     max_beams: int = 1,
+    preemption: str = "recompute",
+    host_bytes: int | None = None,
+    transfer_budget: int = 0,
     record_page_map: bool = False,
     pool_factor: int = 1,
 ) -> EngineConfig:
@@ -46,7 +49,8 @@ def engine_config(
 
     The pool has `num_pages` pages or what `kv_bytes` bytes hold; by default enough for every slot
     to be full, so that nothing is ever preempted. `pool_factor` multiplies it, for experiments.
-    With `batch_invariant` every step is of one size: all slots, and as many prompt tokens.
+    The host has pages for `host_bytes` bytes, by default as many as the pool if `preemption` needs
+    any. With `batch_invariant` every step is of one size: all slots, and as many prompt tokens.
 
     Raises:
       ConfigError: the budget holds no page, or a number is out of range.
@@ -65,6 +69,9 @@ def engine_config(
         )
     if num_pages is None:
         num_pages = num_slots * pages_per_slot
+    host_pages = 0 if preemption == "recompute" else num_pages * pool_factor
+    if host_bytes is not None:
+        host_pages = num_pages_in(host_bytes, model, page_size, kv_dtype)
     buckets = token_buckets(num_slots, pages_per_slot * page_size)
     return EngineConfig(
         num_slots=num_slots,
@@ -75,6 +82,9 @@ def engine_config(
         token_buckets=(2 * num_slots,) if batch_invariant else buckets,
         headroom_pages=1,
         max_beams=max_beams,
+        preemption=preemption,
+        host_pages=host_pages,
+        transfer_budget=transfer_budget,
         record_page_map=record_page_map,
         batch_invariant=batch_invariant,
     )

@@ -7,11 +7,13 @@ does not pay for five hundred.
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxpage.config import EngineConfig, ModelConfig, require
 from jaxpage.model import llama, sampling
@@ -54,11 +56,14 @@ class EngineState(struct.PyTreeNode):
 
     scheduler: SchedulerState
     pool: KvPool
+    host_pool: KvPool  # the pages of the host tier
     log: StepLog
 
 
-def create(setup: Setup, kv_dtype) -> EngineState:
+def create(setup: Setup, kv_dtype: DTypeLike, device: Any = None) -> EngineState:
     """A state with no requests, an empty pool and an empty log.
+
+    The host's pages are in memory that `device` can reach, the default one if none is given.
 
     Raises:
       ConfigError: the setup can search no beams, and has some.
@@ -68,6 +73,11 @@ def create(setup: Setup, kv_dtype) -> EngineState:
         config.max_beams == 1 or setup.allocator.share is not None,
         f"max_beams={config.max_beams}: beams share pages, and allocator={setup.allocator.name} "
         "has none to share: take paged",
+    )
+    require(
+        config.host_pages == 0 or setup.allocator.tier is not None,
+        f"preemption={config.preemption!r}: pages move one by one, and allocator="
+        f"{setup.allocator.name} has none that could: take paged, or recompute",
     )
     most = beams.num_candidates(config.max_beams, setup.model.eos_ids)
     require(
@@ -81,6 +91,7 @@ def create(setup: Setup, kv_dtype) -> EngineState:
     return EngineState(
         scheduler=scheduler_state.create(config, setup.allocator),
         pool=kv_pool.create(setup.model, config, kv_dtype),
+        host_pool=kv_pool.create_on_host(setup.model, config, kv_dtype, device),
         log=StepLog(
             records=StepRecord(*records),
             owners=jnp.zeros((rows, columns), jnp.int32),
@@ -93,9 +104,20 @@ def engine_step(params: Params, state: EngineState, setup: Setup) -> EngineState
     """Plans a step, runs the model on it, and commits what it sampled."""
     scheduler, plan = plan_step(state.scheduler, setup.engine, setup.allocator, setup.policy)
     log = _write_log(state.log, scheduler, plan, setup.engine)
-    pool, outcome = execute(params, state.pool, plan, scheduler.requests, setup)
+    pool, host_pool = move_between_tiers(state.pool, state.host_pool, plan, setup.engine)
+    pool, outcome = execute(params, pool, plan, scheduler.requests, setup)
     scheduler = commit_step(scheduler, plan, outcome, setup.allocator, setup.model.eos_ids)
-    return EngineState(scheduler=scheduler, pool=pool, log=log)
+    return EngineState(scheduler=scheduler, pool=pool, host_pool=host_pool, log=log)
+
+
+def move_between_tiers(
+    pool: KvPool, host_pool: KvPool, plan: Plan, config: EngineConfig
+) -> tuple[KvPool, KvPool]:
+    """Carries out the moves of a plan: pages leave the pool, and then others come back into it."""
+    if config.host_pages == 0:
+        return pool, host_pool
+    host_pool = kv_pool.move_out(pool, host_pool, *plan.moves_out)
+    return kv_pool.move_in(host_pool, pool, *plan.moves_in), host_pool
 
 
 def execute(

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxpage.config import EngineConfig
-from jaxpage.paging import contiguous, page_table, prefix_cache, prefix_index, status
+from jaxpage.paging import contiguous, page_table, prefix_cache, prefix_index, status, tiers
 from jaxpage.paging.contiguous import ContiguousTable, ReserveFn
 from jaxpage.paging.eviction import EVICTION_POLICIES, ScoreFn
 from jaxpage.paging.page_table import Appended, PageTable, num_pages_for
 from jaxpage.paging.prefix_cache import Found, PrefixCache
 from jaxpage.paging.prefix_index import HashFn
+from jaxpage.paging.tiers import TierOps
 
 Table = PageTable | PrefixCache | ContiguousTable
 
@@ -62,6 +63,7 @@ class Allocator[T]:
     reserve: ReserveFn = field(compare=False)
     # (table, source, target, num_tokens), as in `page_table.share`; None where rows cannot share
     share: Callable[[T, jax.Array, jax.Array, jax.Array], T] | None = None
+    tier: TierOps | None = None  # None where pages cannot leave for the host
     enter: Callable[..., T] = lambda table, *_: table
     settle: Callable[[T], T] = lambda table: table
 
@@ -126,6 +128,7 @@ PAGED: Allocator[PageTable] = Allocator(
     violations=page_table.violations,
     reserve=contiguous.reserve_oracle,
     share=page_table.share,
+    tier=tiers.PAGED,
 )
 
 
@@ -142,6 +145,7 @@ def with_prefix_cache(score: ScoreFn, hash_fn: HashFn = prefix_index.mix) -> All
         violations=prefix_cache.violations,
         reserve=contiguous.reserve_oracle,
         share=prefix_cache.share,
+        tier=tiers.with_prefix_cache(score),
         enter=partial(prefix_cache.enter, hash_fn=hash_fn),
         settle=prefix_cache.settle,
     )

@@ -76,6 +76,11 @@ class ContiguousTable(struct.PyTreeNode):
         return jnp.where(self.orders < 0, 0, jnp.left_shift(1, jnp.maximum(self.orders, 0)))
 
     @property
+    def num_hosted(self) -> jax.Array:
+        """Pages of each row on the host, `i32[B]`: none."""
+        return jnp.zeros_like(self.lengths)
+
+    @property
     def num_cached(self) -> jax.Array:
         """Pages kept for later sequences, `i32[]`: none."""
         return jnp.asarray(0, jnp.int32)

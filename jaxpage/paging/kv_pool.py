@@ -5,10 +5,14 @@ tile is one box, and the KV-head axis shards. Kernels see layer `l` as pages `l 
 flat array, so that no layer is ever cut out of the pool, which would copy it.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
+from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from jaxpage.config import EngineConfig, ModelConfig
@@ -34,14 +38,24 @@ class KvPool(struct.PyTreeNode):
 
 def create(model: ModelConfig, config: EngineConfig, dtype: DTypeLike) -> KvPool:
     """A pool of zeros."""
-    shape = (
-        model.num_layers,
-        config.num_pages,
-        model.num_kv_heads,
-        config.page_size,
-        model.head_dim,
-    )
+    shape = _shape(model, config, config.num_pages)
     return KvPool(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
+
+
+def create_on_host(
+    model: ModelConfig, config: EngineConfig, dtype: DTypeLike, device: Any = None
+) -> KvPool:
+    """The pages of the host tier, zeros, in memory that `device` reaches (pinned, for a GPU)."""
+    space = jax.memory.Space.Host
+    if device is not None:
+        space = SingleDeviceSharding(device, memory_kind="pinned_host")
+    # From numpy, so that it never passes through the device's memory.
+    zeros = np.zeros(_shape(model, config, config.host_pages), dtype)
+    return KvPool(keys=jax.device_put(zeros, space), values=jax.device_put(zeros, space))
+
+
+def _shape(model: ModelConfig, config: EngineConfig, num_pages: int) -> tuple[int, ...]:
+    return (model.num_layers, num_pages, model.num_kv_heads, config.page_size, model.head_dim)
 
 
 def num_pages_in(kv_bytes: int, model: ModelConfig, page_size: int, dtype: DTypeLike) -> int:
@@ -84,6 +98,43 @@ def copy_pages(pool: KvPool, sources: jax.Array, targets: jax.Array, count: jax.
         return jax.tree.map(move, pool)
 
     return lax.fori_loop(0, count, copy, pool)
+
+
+def move_out(
+    pool: KvPool, host: KvPool, sources: jax.Array, targets: jax.Array, count: jax.Array
+) -> KvPool:
+    """`host`, with pages `sources[i]` of the pool in its pages `targets[i]` for `i < count`."""
+    return _move_pages(pool, host, sources, targets, count, jax.memory.Space.Host)
+
+
+def move_in(
+    host: KvPool, pool: KvPool, sources: jax.Array, targets: jax.Array, count: jax.Array
+) -> KvPool:
+    """`pool`, with pages `sources[i]` of the host in its pages `targets[i]` for `i < count`.
+
+    In a step this comes after `move_out`: the other way round XLA copies the pool.
+    """
+    return _move_pages(host, pool, sources, targets, count, jax.memory.Space.Device)
+
+
+def _move_pages(
+    source: KvPool,
+    target: KvPool,
+    sources: jax.Array,
+    targets: jax.Array,
+    count: jax.Array,
+    space: Any,
+) -> KvPool:
+    # One page by one scalar index: anything more XLA computes on the host, on a copy of its pool.
+    def move(turn, target):
+        def put(pages, target_pages):
+            page = lax.dynamic_slice_in_dim(pages, sources[turn], 1, axis=1)
+            page = jax.device_put(page, space)
+            return lax.dynamic_update_slice_in_dim(target_pages, page, targets[turn], axis=1)
+
+        return jax.tree.map(put, source, target)
+
+    return lax.fori_loop(0, count, move, target)
 
 
 def pages_of_layer(

@@ -20,9 +20,9 @@ class PageTable(struct.PyTreeNode):
     """Pages by sequence, reference counts by page, and the stack of free pages.
 
     Row `b` keeps token `i < lengths[b]` in slot `i % S` of page `page_indices[b, i // S]`; entries
-    past its last page are `NULL_PAGE = P`, an index that scatters drop. A page is free
-    exactly when its reference count is zero, and then it stands once in
-    `free_pages[:num_free]`, the top of the stack last.
+    past its last page are `NULL_PAGE = P`, an index that scatters drop. So is an entry for a page
+    that has left the pool for the host: it is more than `P`. A page is free exactly when its
+    reference count is zero, and then it stands once in `free_pages[:num_free]`, the top last.
     """
 
     page_indices: jax.Array  # i32[B, M]
@@ -30,6 +30,7 @@ class PageTable(struct.PyTreeNode):
     ref_counts: jax.Array  # i32[P]
     free_pages: jax.Array  # i32[P]
     num_free: jax.Array  # i32[]
+    num_hosted: jax.Array  # i32[B], entries that name a page of the host (`paging.tiers`)
     page_size: int = struct.field(pytree_node=False)
 
     @property
@@ -39,7 +40,7 @@ class PageTable(struct.PyTreeNode):
 
     @property
     def held_pages(self) -> jax.Array:
-        """Pages of each row, `i32[B]`."""
+        """Pages of each row, `i32[B]`, those on the host too."""
         return num_pages_for(self.lengths, self.page_size)
 
     @property
@@ -64,10 +65,13 @@ class PageTable(struct.PyTreeNode):
 
     @property
     def is_first_holder(self) -> jax.Array:
-        """Rows before which no row holds their last page, `bool[B]`; empty ones too."""
+        """Rows before which no row holds their last page, `bool[B]`; empty ones too.
+
+        None whose last page is on the host.
+        """
         last = jnp.take_along_axis(self.page_indices, _last_column(self)[:, None], 1)[:, 0]
         owners = self.ref_counts.at[last].get(mode="fill", fill_value=0)
-        return _copies(last, owners)[1] == last.shape[0]
+        return (_copies(last, owners)[1] == last.shape[0]) & (last <= self.num_pages)
 
 
 class Appended(NamedTuple):
@@ -96,6 +100,7 @@ def create(num_slots: int, pages_per_slot: int, num_pages: int, page_size: int) 
         ref_counts=jnp.zeros((num_pages,), jnp.int32),
         free_pages=jnp.arange(num_pages - 1, -1, -1, dtype=jnp.int32),
         num_free=jnp.asarray(num_pages, jnp.int32),
+        num_hosted=jnp.zeros((num_slots,), jnp.int32),
         page_size=page_size,
     )
 
@@ -155,8 +160,8 @@ class _Needs(NamedTuple):
 
 
 def demand(table: PageTable, counts: jax.Array) -> jax.Array:
-    """Pages that the rows need to append `counts: i32[B]`, copies included, `i32[]`."""
-    return jnp.sum(_needs(table, counts).demand)
+    """Pages that each row needs to append `counts: i32[B]`, copies included, `i32[B]`."""
+    return _needs(table, counts).demand
 
 
 def _needs(table: PageTable, counts: jax.Array) -> _Needs:
@@ -213,8 +218,8 @@ def fitting(
     first few: `bool[B]`. `num_cached` pages that nobody holds are kept off the stack, and are as
     good as free. The work follows the pool's size only where pages are shared and too few.
     """
-    held, num_free = table.held_pages, table.num_free + num_cached
-    demand = num_pages_for(table.lengths + counts, table.page_size) - held
+    held, num_free = table.held_pages - table.num_hosted, table.num_free + num_cached
+    demand = num_pages_for(table.lengths + counts, table.page_size) - table.held_pages
     writes = (counts > 0) & (table.lengths % table.page_size != 0)
     is_shared = jnp.sum(held) > table.num_pages - num_free
     is_short = jnp.sum(demand) + jnp.sum(writes, dtype=jnp.int32) > num_free
@@ -316,6 +321,7 @@ def release_row(table: PageTable, row: jax.Array) -> tuple[PageTable, jax.Array]
         page_indices=table.page_indices.at[row].set(jnp.full_like(pages, table.num_pages)),
         lengths=table.lengths.at[row].set(0),
         ref_counts=ref_counts,
+        num_hosted=table.num_hosted.at[row].set(0),
     )
     return table, jnp.where(is_unowned, pages, table.num_pages)
 
@@ -348,13 +354,13 @@ def violations(table: PageTable, kept: jax.Array | bool = False) -> jax.Array:
     2. pages that are free and owned, or neither, or twice in the stack;
     3. entries up to a row's last page that name no page, or after it that are not `NULL_PAGE`;
     4. pages that a row names twice;
-    5. lengths or counts out of range.
+    5. lengths or counts out of range, or a wrong count of pages on the host.
     """
     pages_per_slot = table.page_indices.shape[1]
     P = table.num_pages
     columns = jnp.arange(pages_per_slot, dtype=jnp.int32)[None, :]
     named = (table.page_indices >= 0) & (table.page_indices < P)
-    held = columns < table.held_pages[:, None]
+    held, hosted = columns < table.held_pages[:, None], table.page_indices > P
     entries = jnp.where(named, table.page_indices, P)
     references = jnp.zeros((P,), jnp.int32).at[entries].add(1, mode="drop")
 
@@ -366,6 +372,7 @@ def violations(table: PageTable, kept: jax.Array | bool = False) -> jax.Array:
     in_order = jnp.sort(entries, axis=1)
     repeated = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] < P)
     too_long = (table.lengths < 0) | (table.lengths > pages_per_slot * table.page_size)
+    num_hosted = jnp.sum(held & hosted, axis=1, dtype=jnp.int32)
     out_of_range = (table.num_free < 0) | (table.num_free > P)
 
     def count(broken: jax.Array) -> jax.Array:
@@ -375,8 +382,8 @@ def violations(table: PageTable, kept: jax.Array | bool = False) -> jax.Array:
         [
             count(references != table.ref_counts),
             count(times_free != ((references == 0) & jnp.logical_not(kept)).astype(jnp.int32)),
-            count(jnp.where(held, ~named, table.page_indices != P)),
+            count(jnp.where(held, ~named & ~hosted, table.page_indices != P)),
             count(repeated),
-            count(too_long) + count(out_of_range),
+            count(too_long) + count(out_of_range) + count(num_hosted != table.num_hosted),
         ]
     )

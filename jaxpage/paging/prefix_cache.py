@@ -59,6 +59,10 @@ class PrefixCache(struct.PyTreeNode):
         return self.table.page_size
 
     @property
+    def num_hosted(self) -> jax.Array:
+        return self.table.num_hosted
+
+    @property
     def held_pages(self) -> jax.Array:
         return self.table.held_pages
 
@@ -159,7 +163,7 @@ def append(
     cache: PrefixCache, counts: jax.Array, max_new_pages: int | None = None, *, score: ScoreFn
 ) -> tuple[PrefixCache, Appended]:
     """`page_table.append`, for which cached pages leave as far as the stack is short."""
-    cache = make_room(cache, page_table.demand(cache.table, counts), score)
+    cache = make_room(cache, jnp.sum(page_table.demand(cache.table, counts)), score)
     table, appended = page_table.append(cache.table, counts, max_new_pages)
     return cache.replace(table=table), appended
 
@@ -185,6 +189,7 @@ def enter(
     """
     page_size, num_rows = cache.page_size, cache.lengths.shape[0]
     pending = cache.lengths // page_size - cache.num_indexed
+    pending = jnp.where(cache.table.num_hosted > 0, 0, pending)
 
     def enter_some(carry):
         cache, pending = carry
@@ -304,6 +309,12 @@ def make_room(cache: PrefixCache, num_pages: jax.Array, score: ScoreFn) -> Prefi
     return lax.while_loop(
         lambda cache: (cache.num_free < num_pages) & (cache.num_cached > 0), evict, cache
     )
+
+
+def forget(cache: PrefixCache, page: jax.Array) -> PrefixCache:
+    """Takes a page that rows hold out of the index, if it is there; no page there may follow it."""
+    index, _ = prefix_index.drop(cache.index, page)  # its parent is held, and so never queued
+    return cache.replace(index=index)
 
 
 def violations(cache: PrefixCache) -> jax.Array:

@@ -163,20 +163,28 @@ def match(
 def enter(
     index: PrefixIndex, entries: Entries, num_rows: int, step: jax.Array, hash_fn: HashFn = mix
 ) -> tuple[PrefixIndex, jax.Array, jax.Array]:
-    """Enters pages that are not in the index.
+    """Enters pages, of which some may be there: another row has entered them.
 
     Of each row the entries go in up to the first that cannot: because an equal page is there
-    already, or its bucket is full. Returns how many did, `i32[num_rows]`, and the equal page that
-    stopped the row, `i32[num_rows]`, `P` for none.
+    in its place, or its bucket is full. Returns how many did, `i32[num_rows]`, and the equal page
+    that stopped the row, `i32[num_rows]`, `P` for none.
     """
     null, live = index.num_pages, entries.pages < index.num_pages
+    is_there = index.holds(entries.pages)
+    # Rows may share a page that is to be entered: one row enters it, to the others it is there.
+    number = jnp.arange(live.shape[0])
+    is_same = entries.pages[:, None] == entries.pages[None]
+    is_repeat = live & ~is_there & jnp.any(is_same & (number[:, None] > number[None]), axis=1)
+    new = jnp.where(is_there | is_repeat, null, entries.pages)
     index = index.replace(
-        tokens=index.tokens.at[entries.pages].set(entries.tokens, mode="drop"),
-        parents=index.parents.at[entries.pages].set(entries.parents, mode="drop"),
-        digests=index.digests.at[entries.pages].set(_digests(index, entries, hash_fn), mode="drop"),
+        tokens=index.tokens.at[new].set(entries.tokens, mode="drop"),
+        parents=index.parents.at[new].set(entries.parents, mode="drop"),
+        digests=index.digests.at[new].set(_digests(index, entries, hash_fn), mode="drop"),
     )
     bucket = bucket_of(index, _at(index.digests, entries.pages))
-    buckets, placed, equal = _place(index, entries, bucket)
+    buckets, placed, equal = _place(index, entries._replace(pages=new), bucket)
+    placed |= is_there
+    equal = jnp.where(is_repeat, entries.pages, equal)
 
     furthest = jnp.iinfo(jnp.int32).max
     stops = jnp.where(live & ~placed, entries.offset, furthest)
@@ -184,14 +192,14 @@ def enter(
     until = _at(first_stop, entries.row)
     stays, stop = placed & (entries.offset < until), live & (entries.offset == until)
 
-    gone = placed & ~stays
+    gone = placed & ~stays & ~is_there
     gone_way = jnp.argmax(buckets[bucket] == entries.pages[:, None], axis=1)
     gone_row = jnp.where(gone, bucket, buckets.shape[0])
     index = index.replace(
         buckets=buckets.at[gone_row, gone_way].set(null, mode="drop"),
-        parents=index.parents.at[jnp.where(stays, null, entries.pages)].set(null, mode="drop"),
+        parents=index.parents.at[jnp.where(stays, null, new)].set(null, mode="drop"),
     )
-    index = _record(index, entries, stays, step)
+    index = _record(index, entries, stays & ~is_there, step)
     counts = jnp.zeros((num_rows,), jnp.int32)
     counts = counts.at[entries.row].add(stays.astype(jnp.int32), mode="drop")
     equal = jnp.where(index.holds(equal), equal, null)  # one of them may just have left again
@@ -213,10 +221,6 @@ def _place(
     """
     null, live = index.num_pages, entries.pages < index.num_pages
     digests = _at(index.digests, entries.pages)[:, None]
-    # Rows may share a page that is to be entered: one row enters it, to the others it is there.
-    number = jnp.arange(live.shape[0])
-    is_same = entries.pages[:, None] == entries.pages[None]
-    is_repeat = live & jnp.any(is_same & (number[:, None] > number[None]), axis=1)
 
     def place(carry):
         buckets, open_, placed, equal = carry
@@ -235,9 +239,9 @@ def _place(
         return buckets, tries & ~wins, placed | wins, equal
 
     nothing = jnp.full_like(entries.pages, null)
-    start = (index.buckets, live & ~is_repeat, jnp.zeros_like(live), nothing)
+    start = (index.buckets, live, jnp.zeros_like(live), nothing)
     buckets, _, placed, equal = lax.while_loop(lambda carry: jnp.any(carry[1]), place, start)
-    return buckets, placed, jnp.where(is_repeat, entries.pages, equal)
+    return buckets, placed, equal
 
 
 def _record(index: PrefixIndex, entries: Entries, stays: jax.Array, step: jax.Array) -> PrefixIndex:

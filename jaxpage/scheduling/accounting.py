@@ -29,6 +29,11 @@ class StepRecord(NamedTuple):
     num_preempted: jax.Array
     num_copied: jax.Array  # pages
     num_found: jax.Array  # tokens that admitted sequences found in the prefix cache
+    num_recomputed: jax.Array  # tokens that had been computed before
+    num_paused: jax.Array  # sequences with pages on the host
+    host_pages: jax.Array  # in use
+    moved_out: jax.Array  # pages
+    moved_in: jax.Array  # pages
     token_states: jax.Array
     reservation: jax.Array
     internal: jax.Array
@@ -55,6 +60,11 @@ def record_step(state: SchedulerState, plan: Plan) -> StepRecord:
         num_preempted=plan.num_preempted,
         num_copied=plan.copies.count,
         num_found=plan.num_found,
+        num_recomputed=plan.num_recomputed,
+        num_paused=jnp.sum(table.num_hosted > 0, dtype=jnp.int32),
+        host_pages=state.tier.num_pages - state.tier.num_free,
+        moved_out=plan.moves_out.count,
+        moved_in=plan.moves_in.count,
         **waste,
     )
 

@@ -14,14 +14,15 @@ from jax import lax
 from jaxpage.config import EngineConfig
 from jaxpage.paging import status
 from jaxpage.paging.allocator import Allocator, Prompt
-from jaxpage.paging.page_table import num_pages_for
 from jaxpage.paging.prefix_cache import Found
 from jaxpage.scheduling.batch import (
     Batch,
     followers,
     leaders,
     of_slots,
+    owed_pages,
     own_pace,
+    pages_soon,
     take_pages,
     wanted,
     whole_or_part,
@@ -141,25 +142,9 @@ def _prompt_of(
     Its siblings are owed what they will hold beside the prompt's full pages. Who follows a sibling
     asks for nothing: it was among those.
     """
-    requests, request, table = batch.requests, candidate.request, batch.table
-    headroom = config.headroom_pages * config.page_size
-
-    def pages_soon(known: jax.Array, final: jax.Array) -> jax.Array:
-        # The token that ends a sequence is never computed.
-        return num_pages_for(
-            jnp.maximum(known, jnp.minimum(known + headroom, final - 1)), config.page_size
-        )
-
-    def of_running(values: jax.Array) -> jax.Array:
-        return of_slots(values, batch.slots)
-
-    waits = followers(batch.slots, requests.groups, table.lengths)
-    will_share = jnp.where(waits, of_running(requests.prompt_lens) // config.page_size, 0)
-    to_copy = ~table.is_first_holder & (table.lengths % config.page_size != 0)
-    running = pages_soon(of_running(requests.num_tokens), of_running(requests.final_lens))
-    owed = jnp.sum(running - table.held_pages - will_share) + jnp.sum(to_copy, dtype=jnp.int32)
-
-    every = pages_soon(requests.num_tokens, requests.final_lens)
+    requests, request = batch.requests, candidate.request
+    owed = owed_pages(batch, batch.slots < requests.phases.shape[0], config)
+    every = pages_soon(requests.num_tokens, requests.final_lens, config)
     others = every - requests.prompt_lens // config.page_size
     is_other = candidate.siblings.at[request].set(False)
     owed += jnp.sum(jnp.where(is_other, others, 0))

@@ -8,6 +8,7 @@ from flax import struct
 
 from jaxpage.config import EngineConfig
 from jaxpage.paging.allocator import Allocator, Table
+from jaxpage.paging.page_table import num_pages_for
 from jaxpage.scheduling.state import Requests
 
 
@@ -72,6 +73,29 @@ def followers(slots: jax.Array, groups: jax.Array, lengths: jax.Array) -> jax.Ar
     return (lengths == 0) & (leaders(slots, groups) < index)
 
 
+def pages_soon(known: jax.Array, final: jax.Array, config: EngineConfig) -> jax.Array:
+    """Pages of sequences with `known` tokens, and of the headroom as far as they can need it."""
+    headroom = config.headroom_pages * config.page_size
+    # The token that ends a sequence is never computed.
+    soon = jnp.maximum(known, jnp.minimum(known + headroom, final - 1))
+    return num_pages_for(soon, config.page_size)
+
+
+def owed_pages(batch: Batch, rows: jax.Array, config: EngineConfig) -> jax.Array:
+    """Pages that `rows: bool[B]` still need for what they know, and for the headroom: `i32[]`."""
+    requests, table = batch.requests, batch.table
+
+    def of_rows(values: jax.Array) -> jax.Array:
+        return of_slots(values, batch.slots)
+
+    waits = followers(batch.slots, requests.groups, table.lengths)
+    will_share = jnp.where(waits, of_rows(requests.prompt_lens) // config.page_size, 0)
+    to_copy = ~table.is_first_holder & (table.lengths % config.page_size != 0)
+    soon = pages_soon(of_rows(requests.num_tokens), of_rows(requests.final_lens), config)
+    owed = soon - table.held_pages - will_share + to_copy.astype(jnp.int32)
+    return jnp.sum(jnp.where(rows, owed, 0))
+
+
 def own_pace(requests: Requests) -> jax.Array:
     """Tokens that each sequence may compute without regard to others of its request, `i32[R]`.
 
@@ -106,10 +130,7 @@ def take_pages(
     batch: Batch, counts: jax.Array, config: EngineConfig, allocator: Allocator
 ) -> Batch:
     """Gives the rows pages for `counts` more tokens, and makes those findable that become full."""
-    # A row of n tokens starts at most ceil(n / S) pages, so all rows start budget / S and one each;
-    # and a row copies one page at most.
-    most_pages = config.token_budget // config.page_size + 2 * config.num_slots
-    table, taken = allocator.append(batch.table, counts, min(most_pages, config.num_pages))
+    table, taken = allocator.append(batch.table, counts, config.most_new_pages)
     requests = batch.requests
     table = allocator.enter(table, requests.tokens, batch.slots, requests.salts)
     return batch.replace(

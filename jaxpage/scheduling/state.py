@@ -12,7 +12,9 @@ import numpy as np
 from flax import struct
 
 from jaxpage.config import EngineConfig
+from jaxpage.paging import tiers
 from jaxpage.paging.allocator import Allocator, Table
+from jaxpage.paging.tiers import HostTier
 
 # Phases of a request.
 FREE, WAITING, PREEMPTED, RUNNING, DONE, HELD = range(6)  # HELD: what a beam search keeps
@@ -60,6 +62,7 @@ class Requests(struct.PyTreeNode):
     reserved_lens: jax.Array  # i32[R], tokens whose memory it is given if all is given at once
     salts: jax.Array  # i32[R], only requests with the same may share cached pages
     cached_lens: jax.Array  # i32[R], tokens that were cached when it was first admitted
+    computed_lens: jax.Array  # i32[R], tokens that have ever been computed, or found cached
     groups: jax.Array  # i32[R], the row of the first sequence of the same request
     arrivals: jax.Array  # i32[R], order of arrival
     phases: jax.Array  # i32[R]
@@ -77,6 +80,7 @@ class SchedulerState(struct.PyTreeNode):
 
     requests: Requests
     table: Table
+    tier: HostTier
     slots: jax.Array  # i32[B], the request that runs there; R for none
     step: jax.Array  # i32[], steps committed
 
@@ -111,6 +115,7 @@ def create(config: EngineConfig, allocator: Allocator) -> SchedulerState:
         reserved_lens=ints(),
         salts=ints(),
         cached_lens=ints(),
+        computed_lens=ints(),
         groups=jnp.arange(R, dtype=jnp.int32),
         arrivals=ints(),
         phases=ints(FREE),
@@ -136,6 +141,7 @@ def create(config: EngineConfig, allocator: Allocator) -> SchedulerState:
     return SchedulerState(
         requests=requests,
         table=allocator.create(config),
+        tier=tiers.create(config.host_pages),
         slots=jnp.full((config.num_slots,), R, jnp.int32),
         step=jnp.asarray(0, jnp.int32),
     )
@@ -178,6 +184,7 @@ def waiting_request(
         reserved_lens=integer(reserved_len),
         salts=integer(salt),
         cached_lens=integer(0),
+        computed_lens=integer(0),
         groups=integer(group),
         arrivals=integer(arrival),
         phases=integer(HELD if held else WAITING),

@@ -27,12 +27,12 @@ from jaxpage.scheduling.batch import (
 )
 from jaxpage.scheduling.beams import Candidates
 from jaxpage.scheduling.policies import PolicyFn
+from jaxpage.scheduling.preemption import bring_back, make_way, paused, with_siblings
 from jaxpage.scheduling.state import (
     DONE,
     ERROR,
     LENGTH,
     NOT_DONE,
-    PREEMPTED,
     STOP,
     Requests,
     SchedulerState,
@@ -44,7 +44,8 @@ class Plan(struct.PyTreeNode):
 
     `lengths` includes them, and `page_indices` holds their pages. Where `samples`, the sequence's
     next token is chosen from the state of the last of them; or from that of slot `states[b]`, which
-    computed the prompt for both. Before anything is written, the `copies` are made.
+    computed the prompt for both. Before anything is written pages move out and in, and then the
+    `copies` are made, each in their order.
     """
 
     requests: jax.Array  # i32[B]; R for an empty slot
@@ -54,8 +55,11 @@ class Plan(struct.PyTreeNode):
     lengths: jax.Array  # i32[B], tokens
     page_indices: jax.Array  # i32[B, M]
     copies: Copies
+    moves_out: Copies  # from pages to pages of the host
+    moves_in: Copies  # from pages of the host to pages
     num_found: jax.Array  # i32[], tokens of admitted sequences that need not be computed
-    num_preempted: jax.Array  # i32[], sequences that lost their pages to make this step
+    num_preempted: jax.Array  # i32[], sequences that lost pages to make this step
+    num_recomputed: jax.Array  # i32[], tokens of the step that had been computed before
 
     @property
     def num_tokens(self) -> jax.Array:
@@ -78,9 +82,8 @@ def plan_step(
     """Chooses the tokens of the next step and takes their pages.
 
     Running sequences come first, in the policy's order. If pages run out, the last in that order
-    are preempted: their pages go back and they will be computed again. Only then are
-    requests admitted, the preempted before any new one (Kwon et al. 2023, section 4.5), and none
-    in a step that preempted.
+    make way (`scheduling.preemption`). Only then are requests admitted, the preempted before any
+    new one (Kwon et al. 2023, section 4.5), and none while pages are short or on the host.
     """
     num_requests = state.requests.phases.shape[0]
     computed = jnp.zeros((num_requests,), jnp.int32)
@@ -90,10 +93,8 @@ def plan_step(
 
     order = _slot_order(state, ranks)
     counts = _split_budget(state, order, config)
-    fits = allocator.fitting(state.table, order, counts)
-    victims = _with_siblings(state.running & ~fits, state)
-    state = _preempt(state, victims, allocator)
-    counts = jnp.where(victims, 0, counts)
+    none_waits = ~jnp.any(paused(state, config))
+    state, way = make_way(state, order, counts, config, allocator)
     batch = Batch(
         table=state.table,
         requests=state.requests,
@@ -102,11 +103,14 @@ def plan_step(
         copies=Copies.none(config.num_slots, config.num_pages),
         num_found=jnp.asarray(0, jnp.int32),
     )
-    batch = take_pages(batch, counts, config, allocator)
-    batch = admit(batch, ranks, ~jnp.any(victims), config, allocator)
+    batch = take_pages(batch, way.counts, config, allocator)
+    table, tier, back = bring_back(state, batch, order, ~way.is_short, config, allocator)
+    batch = batch.replace(table=table)
+    batch = admit(batch, ranks, ~way.is_short & none_waits, config, allocator)
     batch, states = share_prompts(batch, allocator)
     table, slots = batch.table, batch.slots
-    state = state.replace(requests=batch.requests, table=table, slots=slots)
+    requests, num_recomputed = _computed(batch)
+    state = state.replace(requests=requests, table=table, tier=tier, slots=slots)
     known = of_slots(state.requests.num_tokens, slots)
     plan = Plan(
         requests=slots,
@@ -116,8 +120,11 @@ def plan_step(
         lengths=table.lengths,
         page_indices=table.page_indices,
         copies=batch.copies,
+        moves_out=way.moves,
+        moves_in=back,
         num_found=batch.num_found,
-        num_preempted=jnp.sum(victims, dtype=jnp.int32),
+        num_preempted=way.num_preempted,
+        num_recomputed=num_recomputed,
     )
     return state, plan
 
@@ -195,17 +202,26 @@ def _split_budget(state: SchedulerState, order: jax.Array, config: EngineConfig)
     is_beam = of_slots(requests.beams.widths, slots) > 0
     searches = config.max_beams > 1
     if searches:
-        in_step = is_beam & ~_with_siblings(is_beam & (lengths != known), state)
+        in_step = is_beam & ~with_siblings(is_beam & (lengths != known), state)
         in_step &= of_slots(requests.num_tokens, slots) > known
         tokens = jnp.where(in_step, 1, tokens)
-    tokens = tokens[order]
+    tokens = jnp.where(paused(state, config), 0, tokens)[order]
     before = jnp.cumsum(tokens) - tokens
     left = jnp.maximum(config.token_budget - before, 0)
     granted = whole_or_part(tokens, left, config)
     granted = jnp.zeros_like(granted).at[order].set(granted)
     if searches:
-        granted = jnp.where(_with_siblings(in_step & (granted == 0), state), 0, granted)
+        granted = jnp.where(with_siblings(in_step & (granted == 0), state), 0, granted)
     return granted
+
+
+def _computed(batch: Batch) -> tuple[Requests, jax.Array]:
+    """Notes what is computed with this step; and how many of its tokens were already, `i32[]`."""
+    requests, lengths = batch.requests, batch.table.lengths
+    before = of_slots(requests.computed_lens, batch.slots)
+    again = jnp.minimum(before, lengths) - (lengths - batch.counts)
+    computed = requests.computed_lens.at[batch.slots].max(lengths, mode="drop")
+    return requests.replace(computed_lens=computed), jnp.sum(jnp.maximum(again, 0))
 
 
 def _of_whole_requests(ranks: jax.Array, requests: Requests, unfinished: jax.Array) -> jax.Array:
@@ -213,27 +229,3 @@ def _of_whole_requests(ranks: jax.Array, requests: Requests, unfinished: jax.Arr
     furthest = jnp.full_like(ranks, jnp.iinfo(jnp.int32).max)
     best = furthest.at[requests.groups].min(jnp.where(unfinished, ranks, furthest))
     return best[requests.groups]
-
-
-def _with_siblings(rows: jax.Array, state: SchedulerState) -> jax.Array:
-    """`rows: bool[B]`, and all that run for the same requests."""
-    groups = state.requests.groups
-    group = groups.at[state.slots].get(mode="fill", fill_value=groups.shape[0])
-    chosen = jnp.zeros(groups.shape, jnp.bool_)
-    chosen = chosen.at[jnp.where(rows, group, groups.shape[0])].set(True, mode="drop")
-    return chosen.at[group].get(mode="fill", fill_value=False)
-
-
-def _preempt(state: SchedulerState, victims: jax.Array, allocator: Allocator) -> SchedulerState:
-    """Takes the victims' pages and puts them back in line."""
-    requests = state.requests
-    rows = jnp.where(victims, state.slots, _nobody(state))
-    requests = requests.replace(
-        phases=requests.phases.at[rows].set(PREEMPTED, mode="drop"),
-        num_preemptions=requests.num_preemptions.at[rows].add(1, mode="drop"),
-    )
-    return state.replace(
-        requests=requests,
-        table=allocator.release(state.table, victims),
-        slots=jnp.where(victims, _nobody(state), state.slots),
-    )
