@@ -222,7 +222,18 @@ def test_the_bench_prints_its_contract_and_compiles_nothing_while_serving(tmp_pa
         assert row[name] > 0
 
 
-@pytest.mark.parametrize("name", ["generate", "serve", "bench_engine", "bench_scheduler", "demo"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "generate",
+        "serve",
+        "bench_engine",
+        "bench_scheduler",
+        "claim_eviction",
+        "demo",
+        "fig15_sharing_savings",
+    ],
+)
 def test_help_explains_every_flag_in_sentences(name):
     done = run_script(name, "--help")
     assert "python -m experiments." in done.stdout

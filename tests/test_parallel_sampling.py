@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 from tiny_engine import CONFIG, PROMPTS, build, setup_of
@@ -71,6 +72,9 @@ def test_samples_share_the_full_pages_of_their_prompt(allocator):
     full = len(prompt) // CONFIG.page_size
     assert all(len(set(indices[:, column].tolist())) == 1 for column in range(full))
     assert len(set(indices[:, full].tolist())) == 4
+    record = jax.tree.map(lambda column: int(column[0]), engine.state.log.records)
+    assert record.held_pages == len(set(indices.reshape(-1).tolist()) - {CONFIG.num_pages})
+    assert record.named_pages == record.held_pages + 3 * full
 
 
 def check_together(engine: Engine, groups: list[range], num_steps: int) -> int:

@@ -31,6 +31,8 @@ class StepRecord(NamedTuple):
     num_found: jax.Array  # tokens that admitted sequences found in the prefix cache
     num_recomputed: jax.Array  # tokens that had been computed before
     num_paused: jax.Array  # sequences with pages on the host
+    held_pages: jax.Array  # of the pool, in use
+    named_pages: jax.Array  # the same if what several sequences hold counts for each
     host_pages: jax.Array  # in use
     moved_out: jax.Array  # pages
     moved_in: jax.Array  # pages
@@ -62,6 +64,8 @@ def record_step(state: SchedulerState, plan: Plan) -> StepRecord:
         num_found=plan.num_found,
         num_recomputed=plan.num_recomputed,
         num_paused=jnp.sum(table.num_hosted > 0, dtype=jnp.int32),
+        held_pages=table.num_pages - table.num_free - table.num_cached,
+        named_pages=jnp.sum(table.held_pages - table.num_hosted),
         host_pages=state.tier.num_pages - state.tier.num_free,
         moved_out=plan.moves_out.count,
         moved_in=plan.moves_in.count,
