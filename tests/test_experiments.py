@@ -230,6 +230,7 @@ def test_the_bench_prints_its_contract_and_compiles_nothing_while_serving(tmp_pa
         "bench_engine",
         "bench_scheduler",
         "claim_eviction",
+        "claim_sharing",
         "demo",
         "fig15_sharing_savings",
     ],

@@ -33,6 +33,7 @@ REQUESTS = [
     Request(str(i), tuple(item["prompt_ids"]), NEW_TOKENS, ignore_eos=True)
     for i, item in enumerate(GOLDEN)
 ]
+BRIEF = [replace(request, max_new_tokens=24) for request in REQUESTS]
 EXPECTED = {str(i): item["output_ids"] for i, item in enumerate(GOLDEN)}
 
 
@@ -112,13 +113,14 @@ def check_with_prefix_cache(
     page_size: int,
     policy: str = "fcfs",
     preemption: str = "recompute",
+    asked: list[Request] = REQUESTS,
     num_rounds: int = 3,
 ) -> int:
     """Rounds in a pool that preempts and evicts; returns the tokens found in the cache."""
     longest = pool_of(LONGEST, page_size)
     engine = build(page_size, longest * 3 // 2, eviction, policy=policy, preemption=preemption)
     num_found, num_preempted = 0, 0
-    rounds = (REQUESTS, REQUESTS[::-1], [r for r in REQUESTS for _ in range(2)])
+    rounds = (asked, asked[::-1], [r for r in asked for _ in range(2)])
     for requests in rounds[:num_rounds]:
         named = [replace(request, id=str(i)) for i, request in enumerate(requests)]
         results, journal = engine.serve(named)
@@ -131,7 +133,7 @@ def check_with_prefix_cache(
 
 
 def test_a_prefix_cache_in_a_small_pool_changes_no_token():
-    assert check_with_prefix_cache("lru", page_size=4, preemption="fine", num_rounds=2) > 0
+    assert check_with_prefix_cache("lru", 4, preemption="fine", asked=BRIEF, num_rounds=2) > 0
 
 
 @pytest.mark.slow
@@ -148,8 +150,8 @@ def test_no_combination_with_a_prefix_cache_changes_a_token(
 
 def test_all_full_pages_of_a_prompt_asked_again_are_found():
     engine = build(16, pool_of(8 * LONGEST, 16), "lru")
-    check(engine.serve(REQUESTS)[0])
-    again, journal = engine.serve(REQUESTS)
+    check(engine.serve(BRIEF)[0])
+    again, journal = engine.serve(BRIEF)
     check(again)
     for result in again:
         most = len(result.request.prompt_ids) - 1
@@ -160,7 +162,7 @@ def test_all_full_pages_of_a_prompt_asked_again_are_found():
 @pytest.mark.parametrize("allocator", ["max", "pow2", "oracle"])
 def test_every_contiguous_allocator_gives_the_same_tokens(allocator):
     engine = build(16, num_pages=24, allocator=allocator)
-    results, journal = engine.serve(REQUESTS)
+    results, journal = engine.serve(BRIEF)
     check(results)
     check_nothing_is_held(engine)
     assert max(record["num_running"] for record in journal.records) < len(REQUESTS)
@@ -168,14 +170,13 @@ def test_every_contiguous_allocator_gives_the_same_tokens(allocator):
 
 def test_with_batch_invariance_log_probabilities_are_equal_to_the_bit_in_any_company():
     """Alone, together, in another order, from a prefix cache, and in a pool that preempts."""
-    brief = [replace(request, max_new_tokens=24) for request in REQUESTS]
     roomy = build(16, num_pages=pool_of(8 * LONGEST, 16), batch_invariant=True)
-    together = {r.request.id: r for r in roomy.serve(brief)[0]}
+    together = {r.request.id: r for r in roomy.serve(BRIEF)[0]}
     check(list(together.values()))
-    reversed_order = roomy.serve(brief[::-1])[0]
-    alone = [roomy.serve([request])[0][0] for request in brief[::3]]
+    reversed_order = roomy.serve(BRIEF[::-1])[0]
+    alone = [roomy.serve([request])[0][0] for request in BRIEF[::3]]
     tight = build(8, pool_of(LONGEST, 8), "lru", batch_invariant=True, preemption="fine")
-    preempted = [result for _ in range(2) for result in tight.serve(brief)[0]]
+    preempted = [result for _ in range(2) for result in tight.serve(BRIEF)[0]]
     assert sum(result.num_preemptions for result in preempted) > 0
     assert sum(result.num_cached_tokens for result in preempted) > 0
     for result in (*reversed_order, *alone, *preempted):
