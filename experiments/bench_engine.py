@@ -43,9 +43,7 @@ def main(_: list[str]) -> None:
     compile_s = engine.compile()
     counter = common.CompilationCounter()
     for _repeat in range(FLAGS.repeats):
-        results, journal = engine.serve(requests)
-    refused = [result.error for result in results if result.error is not None]
-    require(not refused, f"{len(refused)} requests of the workload were refused: {refused[:1]}")
+        results, journal = common.serve_all(engine, requests)
 
     num_output = sum(len(result.output_ids) for result in results)
     num_prompt = sum(len(request.prompt_ids) for request in requests)

@@ -20,12 +20,12 @@ from absl import flags
 
 from experiments import common
 from jaxpage.checkpoint.load import LoadedModel
-from jaxpage.config import PREEMPTION_MODES, ConfigError, EngineConfig, require
+from jaxpage.config import PREEMPTION_MODES, EngineConfig, require
 from jaxpage.engine.host import Journal
 from jaxpage.engine.request import Request, Result
 from jaxpage.model.params import Params
 from jaxpage.model.placement import serving_params
-from jaxpage.paging.kv_pool import num_pages_in
+from jaxpage.paging.kv_pool import page_bytes
 from jaxpage.sim.workloads import serving_workload
 
 FLAGS = flags.FLAGS
@@ -45,14 +45,13 @@ def define_flags() -> None:
 
 
 def main(_: list[str]) -> None:
+    require(not FLAGS["preemption"].present, "--preemption: name what to compare in --modes")
     for mode in FLAGS.modes:
         require(mode in PREEMPTION_MODES, f"--modes: {mode!r} is none of {PREEMPTION_MODES}")
     with common.open_for_writing(FLAGS.out) as out:
         model = common.load_flagged_model()
-        if model.tokenizer is None:
-            raise ConfigError(f"--model={FLAGS.model} has no tokenizer for prompts: take another")
         items = serving_workload(
-            model.tokenizer, FLAGS.requests, MAX_PROMPT_TOKENS, MAX_OUTPUT_TOKENS
+            common.tokenizer_of(model), FLAGS.requests, MAX_PROMPT_TOKENS, MAX_OUTPUT_TOKENS
         ).items
         requests = [
             Request(item.id, item.prompt_ids, item.max_new_tokens, ignore_eos=True)
@@ -81,7 +80,14 @@ def main(_: list[str]) -> None:
 
 def config_of(model: LoadedModel, requests: list[Request], mode: str) -> EngineConfig:
     """The pool of `--kv_bytes`, which takes in whoever fits at the moment."""
-    config = common.config_for(model, requests, kv_bytes=FLAGS.kv_bytes, preemption=mode)
+    config = common.config_for(
+        model,
+        requests,
+        kv_bytes=FLAGS.kv_bytes,
+        preemption=mode,
+        host_bytes=None if mode == "recompute" else FLAGS.host_bytes,
+        transfer_budget=FLAGS.transfer_budget if mode == "fine" else 0,
+    )
     return replace(config, headroom_pages=0)
 
 
@@ -97,13 +103,9 @@ def measure(
         del sample
         came_s[request_id] += [time.perf_counter()] * len(tokens)
 
-    results, journal = engine.serve(requests, steps_per_read=1, on_tokens=listen)
-    refused = [result.error for result in results if result.error is not None]
-    require(not refused, f"{len(refused)} requests were refused: {refused[:1]}: raise --kv_bytes")
+    results, journal = common.serve_all(engine, requests, steps_per_read=1, on_tokens=listen)
     gaps_s = np.concatenate([np.diff(times) for times in came_s.values()])
-    bytes_a_page = FLAGS.kv_bytes // num_pages_in(
-        FLAGS.kv_bytes, model.config, config.page_size, FLAGS.dtype
-    )
+    bytes_a_page = page_bytes(model.config, config.page_size, FLAGS.dtype)
     row = row_of(results, journal, gaps_s, bytes_a_page)
     return {"mode": config.preemption, "num_pages": config.num_pages, **row}, [
         result.output_ids for result in results

@@ -17,10 +17,11 @@ from absl import flags
 
 from experiments import common
 from jaxpage.checkpoint.load import LoadedModel
-from jaxpage.config import ConfigError, require
+from jaxpage.config import require
 from jaxpage.engine.host import Engine
 from jaxpage.engine.request import Request
 from jaxpage.engine.sizing import engine_config
+from jaxpage.paging.kv_pool import page_bytes
 from jaxpage.sim.workloads import serving_workload
 
 FLAGS = flags.FLAGS
@@ -80,9 +81,7 @@ def main(_: list[str]) -> None:
 
 def read_prompts(model: LoadedModel) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
     """The system prompt, of recorded prompts one after the other, and a question for each user."""
-    if model.tokenizer is None:
-        raise ConfigError(f"--model={FLAGS.model} has no tokenizer for prompts: take another")
-    items = serving_workload(model.tokenizer, 200, 512, 1).items
+    items = serving_workload(common.tokenizer_of(model), 200, 512, 1).items
     text = [token for item in items for token in item.prompt_ids]
     require(
         len(text) >= FLAGS.prefix_tokens,
@@ -106,8 +105,7 @@ def time_first_tokens(
                 ignore_eos=True,
                 tenant=f"pair {pair}",
             )
-            (result,), _ = engine.serve([request], steps_per_read=1)
-            require(result.error is None, str(result.error))
+            (result,), _ = common.serve_all(engine, [request], steps_per_read=1)
             times[user].append(result.first_token_s)
     return times
 
@@ -123,13 +121,13 @@ def count_bytes(
         Request(str(user), prefix + question, NEW_TOKENS, ignore_eos=True, tenant="all")
         for user, question in enumerate(questions)
     ]
-    _, journal = engine.serve(requests)
+    _, journal = common.serve_all(engine, requests)
     fullest = max(journal.records, key=lambda record: record["named_pages"])
-    page_bytes = model.config.kv_bytes_per_token(FLAGS.dtype) * FLAGS.page_size
+    bytes_a_page = page_bytes(model.config, FLAGS.page_size, FLAGS.dtype)
     return {
         "users": len(requests),
-        "bytes_with_sharing": fullest["held_pages"] * page_bytes,
-        "bytes_without_sharing": fullest["named_pages"] * page_bytes,
+        "bytes_with_sharing": fullest["held_pages"] * bytes_a_page,
+        "bytes_without_sharing": fullest["named_pages"] * bytes_a_page,
         "shared_pages": (fullest["named_pages"] - fullest["held_pages"]) // (len(requests) - 1),
         "full_pages_of_the_prefix": len(prefix) // FLAGS.page_size,
     }

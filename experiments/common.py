@@ -7,7 +7,6 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ from absl import app, flags, logging
 from jaxpage.checkpoint.errors import CheckpointError
 from jaxpage.checkpoint.load import LoadedModel, load_model
 from jaxpage.checkpoint.store import cache_folder
+from jaxpage.checkpoint.tokenizer import Tokenizer
 from jaxpage.config import PREEMPTION_MODES, ConfigError, EngineConfig, require
-from jaxpage.engine.host import Engine
-from jaxpage.engine.request import Request
+from jaxpage.engine.host import Engine, Journal
+from jaxpage.engine.request import Request, Result
 from jaxpage.engine.sizing import engine_config
 from jaxpage.engine.step import Setup
 from jaxpage.model.llama import AttentionFn
@@ -140,12 +140,7 @@ def build_engine(model: LoadedModel, config: EngineConfig, allocator: str = "pag
 
 
 def engine_for(model: LoadedModel, params: dict, config: EngineConfig, allocator: str) -> Engine:
-    """An engine on parameters that are already in serving form, to be shared by several.
-
-    In contiguous memory nothing is ever preempted, whatever the mode.
-    """
-    if not ALLOCATORS[allocator].grows:
-        config = replace(config, preemption="recompute", host_pages=0)
+    """An engine on parameters that are already in serving form, to be shared by several."""
     setup = Setup(
         model=model.config,
         engine=config,
@@ -194,11 +189,26 @@ def load_flagged_model() -> LoadedModel:
     return load_model(FLAGS.model, jnp.dtype(FLAGS.dtype))
 
 
-def bench_requests(model: LoadedModel, num_requests: int, max_new_tokens: int) -> list[Request]:
-    """The bench's workload: the first ShareGPT prompts, all with outputs of the same length."""
+def tokenizer_of(model: LoadedModel) -> Tokenizer:
+    """The model's tokenizer; one without is an error at once."""
     if model.tokenizer is None:
         raise ConfigError(f"--model={FLAGS.model} has no tokenizer for prompts: take another")
-    items = bench_prompts(model.tokenizer, num_requests, max_new_tokens)
+    return model.tokenizer
+
+
+def serve_all(
+    engine: Engine, requests: Sequence[Request], **options: Any
+) -> tuple[list[Result], Journal]:
+    """`Engine.serve`, of which no request may be refused; `options` are its own."""
+    results, journal = engine.serve(requests, **options)
+    refused = [result.error for result in results if result.error is not None]
+    require(not refused, f"{len(refused)} of {len(results)} requests were refused: {refused[:1]}")
+    return results, journal
+
+
+def bench_requests(model: LoadedModel, num_requests: int, max_new_tokens: int) -> list[Request]:
+    """The bench's workload: the first ShareGPT prompts, all with outputs of the same length."""
+    items = bench_prompts(tokenizer_of(model), num_requests, max_new_tokens)
     return [Request(i.id, i.prompt_ids, i.max_new_tokens, ignore_eos=True) for i in items]
 
 

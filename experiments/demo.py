@@ -13,7 +13,7 @@ It would be refuted if `paged` batched no more than `oracle`.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,12 @@ def budget_text(config: EngineConfig, kv_bytes: int) -> str:
 def engine_maker(
     model: LoadedModel, params: Params, config: EngineConfig, allocator: str
 ) -> Callable[[], Engine]:
-    """Makes an engine when called: its pool lives no longer than the run that needs it."""
+    """Makes an engine when called: its pool lives no longer than the run that needs it.
+
+    In contiguous memory nothing is ever preempted, so there the mode of the pages is left out.
+    """
+    if not common.allocator_named(allocator).grows:
+        config = replace(config, preemption="recompute", host_pages=0, transfer_budget=0)
     return lambda: common.engine_for(model, params, config, allocator)
 
 

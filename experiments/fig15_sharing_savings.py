@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from experiments import common
-from jaxpage.config import ConfigError, require
+from jaxpage.config import require
 from jaxpage.engine.host import Engine
 from jaxpage.engine.request import Request
 from jaxpage.engine.sizing import engine_config
@@ -56,8 +56,7 @@ def main(_: list[str]) -> None:
     require(FLAGS.num_slots >= WIDTHS[-1], f"--num_slots must be at least {WIDTHS[-1]}")
     with common.open_for_writing(FLAGS.out) as out:
         model = common.load_flagged_model()
-        if model.tokenizer is None:
-            raise ConfigError(f"--model={FLAGS.model} has no tokenizer for prompts: take another")
+        tokenizer = common.tokenizer_of(model)
         config = engine_config(
             model.config,
             max_seq_len=2 * FLAGS.max_tokens,
@@ -67,11 +66,12 @@ def main(_: list[str]) -> None:
             kv_dtype=FLAGS.dtype,
             batch_invariant=FLAGS.batch_invariant,
             max_beams=WIDTHS[-1],
+            **common.preemption_flags(),
         )
         engine = common.build_engine(model, config)
         engine.compile()
         rows = []
-        for name, items in workloads(model.tokenizer).items():
+        for name, items in workloads(tokenizer).items():
             for method in ("parallel", "beam"):
                 for width in WIDTHS:
                     rows.append(measure(engine, name, items, method, width))
@@ -109,9 +109,8 @@ def measure(
         for seed, item in enumerate(items)
     ]
     changes = {"num_beams": width} if method == "beam" else {"temperature": 1.0}
-    results, journal = engine.serve([replace(request, **changes) for request in requests])
-    refused = [result.error for result in results if result.error is not None]
-    require(not refused, f"{len(refused)} requests were refused: {refused[:1]}")
+    requests = [replace(request, **changes) for request in requests]
+    _, journal = common.serve_all(engine, requests)
     named = sum(record["named_pages"] for record in journal.records)
     held = sum(record["held_pages"] for record in journal.records)
     paper = PAPER[workload, method]

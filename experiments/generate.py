@@ -56,6 +56,12 @@ def main(_: list[str]) -> None:
     with common.open_for_writing(FLAGS.out) as out:
         model = common.load_flagged_model()
         requests, errors = _read_requests(lines, model)
+        searches = any(request.num_beams > 1 for request in requests)
+        for name in ("length_penalty", "early_stopping"):
+            require(
+                searches or not FLAGS[name].present,
+                f"--{name} is for beam search: give --num_beams from 2 on",
+            )
         config = _size(model, requests)
         engine = common.build_engine(model, config, FLAGS.allocator)
         compile_s = engine.compile()
@@ -201,7 +207,8 @@ def _summary(results: list[Result], journal: Journal, compile_s: float) -> dict:
         "compile_s": compile_s,
         "steps": journal.num_steps,
         "preemptions": sum(sample.num_preemptions for sample in samples),
-        "cached_prompt_tokens": sum(sample.num_cached_tokens for sample in samples),
+        # The others of a request share the prompt of the first.
+        "cached_prompt_tokens": sum(result.num_cached_tokens for result in results),
         **common.provenance(),
     }
 

@@ -63,9 +63,8 @@ def main(_: list[str]) -> None:
 
 def read_workload(model: LoadedModel) -> Workload:
     """The prompts to serve."""
-    if model.tokenizer is None:
-        raise ConfigError(f"--model={FLAGS.model} has no tokenizer to read prompts with")
-    return serving_workload(model.tokenizer, FLAGS.requests, MAX_PROMPT_TOKENS, MAX_OUTPUT_TOKENS)
+    tokenizer = common.tokenizer_of(model)
+    return serving_workload(tokenizer, FLAGS.requests, MAX_PROMPT_TOKENS, MAX_OUTPUT_TOKENS)
 
 
 def budgeted_config(model: LoadedModel, num_requests: int):

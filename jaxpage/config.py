@@ -131,6 +131,11 @@ class EngineConfig:
             self.transfer_budget >= 0,
             f"transfer_budget={self.transfer_budget} must not be negative: 0 sets no limit",
         )
+        require(
+            self.transfer_budget == 0 or self.preemption == "fine",
+            f"transfer_budget={self.transfer_budget} with preemption={self.preemption!r}: only "
+            "fine moves by a budget",
+        )
         buckets = self.token_buckets
         require(
             len(buckets) > 0 and min(buckets) > 0 and list(buckets) == sorted(set(buckets)),

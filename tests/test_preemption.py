@@ -281,3 +281,7 @@ def test_modes_that_cannot_be_are_refused():
         replace(RECOMPUTE, host_pages=4)
     with pytest.raises(ConfigError, match="transfer_budget=-1"):
         replace(FINE, transfer_budget=-1)
+    with pytest.raises(ConfigError, match="transfer_budget=3"):
+        replace(FINE, preemption="swap", transfer_budget=3)
+    with pytest.raises(ConfigError, match="allocator=max"):
+        scheduler_state.create(FINE, ALLOCATORS["max"])

@@ -3,7 +3,7 @@
 from jax.typing import DTypeLike
 
 from jaxpage.config import EngineConfig, ModelConfig, require
-from jaxpage.paging.kv_pool import num_pages_in
+from jaxpage.paging.kv_pool import num_pages_in, page_bytes
 
 # Steps that bring prompts. Of 512 tokens CPUs multiply at their full rate; 256 is for the prompt
 # that joins when a sequence has ended, which would pay for 512 as well.
@@ -61,17 +61,17 @@ def engine_config(
     pages_per_slot = -(-max_seq_len // page_size)
     if kv_bytes is not None:
         require(num_pages is None, "give num_pages or kv_bytes, not both")
-        num_pages = num_pages_in(kv_bytes, model, page_size, kv_dtype)
-        require(
-            num_pages > 0,
-            f"kv_bytes={kv_bytes} is less than one page of {page_size} tokens "
-            f"({model.kv_bytes_per_token(kv_dtype) * page_size} bytes): raise it",
-        )
+        num_pages = _pages_in("kv_bytes", kv_bytes, model, page_size, kv_dtype)
     if num_pages is None:
         num_pages = num_slots * pages_per_slot
     host_pages = 0 if preemption == "recompute" else num_pages * pool_factor
     if host_bytes is not None:
-        host_pages = num_pages_in(host_bytes, model, page_size, kv_dtype)
+        require(
+            preemption != "recompute",
+            f"host_bytes={host_bytes} with preemption='recompute': only swap and fine use memory "
+            "of the host",
+        )
+        host_pages = _pages_in("host_bytes", host_bytes, model, page_size, kv_dtype)
     buckets = token_buckets(num_slots, pages_per_slot * page_size)
     return EngineConfig(
         num_slots=num_slots,
@@ -88,3 +88,16 @@ def engine_config(
         record_page_map=record_page_map,
         batch_invariant=batch_invariant,
     )
+
+
+def _pages_in(
+    name: str, num_bytes: int, model: ModelConfig, page_size: int, kv_dtype: DTypeLike
+) -> int:
+    """Pages that the budget `name` holds, at least one."""
+    num_pages = num_pages_in(num_bytes, model, page_size, kv_dtype)
+    require(
+        num_pages > 0,
+        f"{name}={num_bytes} is less than one page of {page_size} tokens "
+        f"({page_bytes(model, page_size, kv_dtype)} bytes): raise it",
+    )
+    return num_pages

@@ -66,19 +66,9 @@ def create(setup: Setup, kv_dtype: DTypeLike, device: Any = None) -> EngineState
     The host's pages are in memory that `device` can reach, the default one if none is given.
 
     Raises:
-      ConfigError: the setup can search no beams, and has some.
+      ConfigError: the allocator or the vocabulary is too small for what the configuration asks.
     """
     config = setup.engine
-    require(
-        config.max_beams == 1 or setup.allocator.share is not None,
-        f"max_beams={config.max_beams}: beams share pages, and allocator={setup.allocator.name} "
-        "has none to share: take paged",
-    )
-    require(
-        config.host_pages == 0 or setup.allocator.tier is not None,
-        f"preemption={config.preemption!r}: pages move one by one, and allocator="
-        f"{setup.allocator.name} has none that could: take paged, or recompute",
-    )
     most = beams.num_candidates(config.max_beams, setup.model.eos_ids)
     require(
         most <= setup.model.vocab_size,

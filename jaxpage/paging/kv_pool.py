@@ -60,7 +60,12 @@ def _shape(model: ModelConfig, config: EngineConfig, num_pages: int) -> tuple[in
 
 def num_pages_in(kv_bytes: int, model: ModelConfig, page_size: int, dtype: DTypeLike) -> int:
     """Pages that `kv_bytes` bytes hold, over all layers."""
-    return kv_bytes // (model.kv_bytes_per_token(dtype) * page_size)
+    return kv_bytes // page_bytes(model, page_size, dtype)
+
+
+def page_bytes(model: ModelConfig, page_size: int, dtype: DTypeLike) -> int:
+    """Bytes of a page, over all layers."""
+    return model.kv_bytes_per_token(dtype) * page_size
 
 
 def write(

@@ -62,9 +62,16 @@ def make_way(
     moves, before = Copies.none(config.moves_at_most, config.host_pages), state.table.num_hosted
     lost = victims
     if config.host_pages > 0:
-        wanted_back = _wanted_if_all_wait(state, order, config)
-        waits = state.running & ~with_siblings(_first(paused(state, config), order), state)
-        victims |= waits & (wanted_back > available(state.table))
+        # If all are paused, the first needs its pages back, if need be from the others.
+        waits = paused(state, config)
+        first = with_siblings(_first(waits, order), state)
+        all_wait = jnp.any(waits) & ~jnp.any(state.running & ~waits)
+        wanted_back = lax.cond(
+            all_wait,
+            lambda: _num_hosted(state, first, config),
+            lambda: jnp.asarray(0, jnp.int32),
+        )
+        victims |= state.running & ~first & (wanted_back > _available(state.table))
         counts = jnp.where(victims, 0, counts)
         table, tier, moves, counts, fails = lax.cond(
             jnp.any(victims),
@@ -109,8 +116,8 @@ def bring_back(
         others = state.running & ~waits
         hosted = _num_hosted(state, first, config)
         soon = hosted + owed_pages(batch, others | first, config)
-        rooms = soon <= available(batch.table)
-        rooms |= ~jnp.any(others) & (hosted <= available(batch.table))
+        rooms = soon <= _available(batch.table)
+        rooms |= ~jnp.any(others) & (hosted <= _available(batch.table))
 
         def is_left(carry):
             table, _, back = carry
@@ -148,7 +155,7 @@ def _take(
     # Cached pages would leave anyway, and could be what follows a victim's page in the index.
     table = ops.make_room(state.table, jnp.asarray(config.num_pages, jnp.int32))
     demand = ops.demand(table, counts)
-    need = jnp.sum(demand) + wanted_back - available(table)
+    need = jnp.sum(demand) + wanted_back - _available(table)
     limit = jnp.minimum(need, config.moves_at_most) if config.preemption == "fine" else None
     rank = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=jnp.int32))
 
@@ -174,7 +181,7 @@ def _take(
 
     fails = (moves.count < need) & (moves.count < config.moves_at_most)
     stalls = jnp.zeros_like(demand, jnp.bool_)
-    stalls = stalls.at[order].set(jnp.cumsum(demand[order]) > available(table))
+    stalls = stalls.at[order].set(jnp.cumsum(demand[order]) > _available(table))
     counts = jnp.where(with_siblings(stalls & ~fails, state), 0, counts)
     return table, tier, moves, counts, fails
 
@@ -198,19 +205,9 @@ def _compute_again(
     )
 
 
-def available(table: Table) -> jax.Array:
+def _available(table: Table) -> jax.Array:
     """Pages that can be had at once, `i32[]`."""
     return table.num_free + table.num_cached
-
-
-def _wanted_if_all_wait(state: SchedulerState, order: jax.Array, config: EngineConfig) -> jax.Array:
-    """Pages that the first paused request needs back if nobody else runs, `i32[]`, else 0."""
-    waits = paused(state, config)
-    first = with_siblings(_first(waits, order), state)
-    hosted = lax.cond(
-        jnp.any(waits), lambda: _num_hosted(state, first, config), lambda: jnp.asarray(0, jnp.int32)
-    )
-    return jnp.where(jnp.any(state.running & ~waits), 0, hosted)
 
 
 def _num_hosted(state: SchedulerState, rows: jax.Array, config: EngineConfig) -> jax.Array:
@@ -228,5 +225,5 @@ def _first(rows: jax.Array, order: jax.Array) -> jax.Array:
 
 
 def _tier_of(allocator: Allocator) -> TierOps:
-    assert allocator.tier is not None  # `engine.step.create` refuses a host tier without
+    assert allocator.tier is not None  # `scheduling.state.create` refuses a host tier without
     return allocator.tier

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from jaxpage.config import EngineConfig
+from jaxpage.config import EngineConfig, require
 from jaxpage.paging import tiers
 from jaxpage.paging.allocator import Allocator, Table
 from jaxpage.paging.tiers import HostTier
@@ -97,7 +97,21 @@ class SchedulerState(struct.PyTreeNode):
 
 
 def create(config: EngineConfig, allocator: Allocator) -> SchedulerState:
-    """A state with no requests."""
+    """A state with no requests.
+
+    Raises:
+      ConfigError: the allocator cannot do what the configuration asks.
+    """
+    require(
+        config.max_beams == 1 or allocator.share is not None,
+        f"max_beams={config.max_beams}: beams share pages, and allocator={allocator.name} "
+        "has none to share: take paged",
+    )
+    require(
+        config.host_pages == 0 or allocator.tier is not None,
+        f"preemption={config.preemption!r}: pages move one by one, and allocator={allocator.name} "
+        "has none that could: take paged, or recompute",
+    )
     R, N = config.num_requests, config.max_seq_len
 
     def ints(value: int = 0) -> jax.Array:
