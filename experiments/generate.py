@@ -25,6 +25,18 @@ from jaxpage.engine.sizing import engine_config
 FLAGS = flags.FLAGS
 
 
+class EarlyStopping(flags.BooleanParser):
+    """Yes, no or `never`: `--early_stopping`, `--noearly_stopping`, `--early_stopping=never`."""
+
+    def parse(self, argument: str | bool) -> bool | str:
+        if argument == "never":
+            return "never"
+        try:
+            return super().parse(argument)
+        except ValueError as error:
+            raise ValueError("it must be true, false or never") from error
+
+
 def define_flags() -> None:
     common.define_model_flags()
     common.define_engine_flags()
@@ -42,7 +54,14 @@ def define_flags() -> None:
     flags.DEFINE_integer("n", 1, "How many samples, or beams, of each prompt to write.")
     flags.DEFINE_integer("num_beams", 1, "From 2 on search for the likeliest text; draw nothing.")
     flags.DEFINE_float("length_penalty", 1.0, "More than 0 favours long beams, less short ones.")
-    flags.DEFINE_bool("early_stopping", False, "End a search once as many beams have ended.")
+    flags.DEFINE(
+        EarlyStopping(),
+        "early_stopping",
+        False,
+        "End a search once as many beams have ended, or, with =never, only when no other can come "
+        "to be better. Left alone, it ends when no other would be better if it ended now.",
+        boolean=True,
+    )
     flags.DEFINE_integer("seed", 0, "The seed of requests that have none, mixed with their id.")
     flags.DEFINE_integer(
         "num_pages", None, "How many pages the pool has; by default enough for all slots."

@@ -24,12 +24,17 @@ def search(
     max_new_tokens: int,
     eos_ids: Sequence[int],
     length_penalty: float,
-    early_stopping: bool,
-) -> list[Hypothesis]:
-    """The `width` best sequences, best first."""
+    early_stopping: bool | str | None,
+) -> tuple[list[Hypothesis], int]:
+    """The `width` best sequences, best first, and the output length at which the search was over.
+
+    With `early_stopping` None it goes on as long as there may be sequences.
+    """
     beams = [Hypothesis([], 0.0, 0.0)]
     finished: list[Hypothesis] = []
-    for length in range(1, max_new_tokens + 1):
+    length = 0
+    while length < max_new_tokens:
+        length += 1
         children = [
             Hypothesis([*beam.output, token], total, total / length**length_penalty)
             for beam in beams
@@ -45,8 +50,10 @@ def search(
         finished += [child for child in children[:width] if ends(child)]
         finished = sorted(finished, key=lambda done: -done.score)[:width]
         beams = [child for child in children if child.output[-1] not in eos_ids][:width]
-        if len(finished) == width:
-            attainable = beams[0].total / length**length_penalty
-            if early_stopping or attainable <= finished[-1].score:
+        if len(finished) == width and early_stopping is not None:
+            looks_ahead = early_stopping == "never" and length_penalty > 0
+            at_best = max_new_tokens if looks_ahead else length
+            attainable = beams[0].total / at_best**length_penalty
+            if early_stopping is True or attainable <= finished[-1].score:
                 break
-    return finished
+    return finished, length

@@ -6,6 +6,7 @@ No model is needed: what may follow a token at a position is drawn beforehand.
 import functools
 from collections import defaultdict
 from dataclasses import replace
+from typing import Literal
 
 import beam_oracle
 import jax
@@ -23,7 +24,7 @@ from jaxpage.scheduling import beams as beams_module
 from jaxpage.scheduling import state as scheduler_state
 from jaxpage.scheduling.beams import Candidates
 from jaxpage.scheduling.policies import POLICIES
-from jaxpage.scheduling.state import DONE, ERROR, HELD, Beams, Sampling, waiting_request
+from jaxpage.scheduling.state import DONE, ERROR, HELD, PATIENCE, Beams, Sampling, waiting_request
 from jaxpage.scheduling.step import Outcome, commit_step, plan_step
 
 EOS_IDS = (7, 8)
@@ -38,6 +39,7 @@ SMALL = EngineConfig(
     token_buckets=(8,),
     max_beams=4,
 )
+ROOMY = replace(SMALL, num_pages=60)
 LONGEST = SMALL.max_seq_len
 
 
@@ -79,7 +81,7 @@ def rows_of(request: Request, rows: range, arrival: int):
             widths=jnp.int32(width),
             scores=jnp.float32(-jnp.inf if held else 0.0),
             length_penalties=jnp.float32(request.length_penalty),
-            stops_early=jnp.asarray(request.early_stopping),
+            patience=jnp.int32(PATIENCE[request.early_stopping]),
         )
         yield (
             row,
@@ -127,19 +129,23 @@ def run(requests: list[Request], table, allocator="paged", config=SMALL, fails_a
     pytest.fail("the requests never end")
 
 
-def check(state, rows: range, request: Request, table) -> None:
+def search_plainly(request: Request, table, **changed):
     def logprobs(tokens):
         return [float(x) for x in table[len(tokens), tokens[-1]]]
 
-    wanted = beam_oracle.search(
+    asked = {"early_stopping": request.early_stopping, "length_penalty": request.length_penalty}
+    return beam_oracle.search(
         request.prompt_ids,
         logprobs,
         width=max(request.num_beams, 1),
         max_new_tokens=request.max_new_tokens,
         eos_ids=EOS_IDS,
-        length_penalty=request.length_penalty,
-        early_stopping=request.early_stopping,
+        **(asked | changed),
     )
+
+
+def check(state, rows: range, request: Request, table) -> None:
+    wanted, _ = search_plainly(request, table)
     held = jax.tree.map(np.asarray, state.requests)
     results = rows[request.num_beams :] if request.num_beams > 1 else rows
     for row, hypothesis in zip(results, wanted, strict=True):
@@ -152,7 +158,7 @@ def check(state, rows: range, request: Request, table) -> None:
             assert held.beams.scores[row] == pytest.approx(hypothesis.score, abs=1e-4)
 
 
-def search_of(prompt, width, new, penalty=1.0, early=False) -> Request:
+def search_of(prompt, width, new, penalty=1.0, early: bool | Literal["never"] = False) -> Request:
     return Request(
         "r",
         tuple(prompt),
@@ -170,7 +176,7 @@ searches = st.builds(
     st.integers(1, 4),
     st.integers(1, 8),
     st.sampled_from([0.0, 0.6, 1.0, 2.0, -1.0]),
-    st.booleans(),
+    st.sampled_from(list(PATIENCE)),
 )
 WORKLOADS = st.lists(searches, min_size=1, max_size=3)
 
@@ -187,6 +193,41 @@ def test_searches_give_what_plain_python_gives(requests, seed, eos_bonus, alloca
     state, rows, _ = run(requests, table, allocator)
     for request, held in zip(requests, rows, strict=True):
         check(state, held, request, table)
+
+
+def length_at_end(request: Request, table) -> int:
+    """Output tokens of the beams when the search is over: alone and with room a step is a token."""
+    state, (rows,), _ = run([request], table, config=ROOMY)
+    best = rows[request.num_beams]
+    return int(state.requests.final_steps[best] - state.requests.first_steps[best]) + 1
+
+
+@given(
+    searches.filter(lambda request: request.num_beams > 1),
+    st.integers(0, 10**6),
+    st.sampled_from([-1.0, 0.0, 1.5]),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_search_is_over_at_the_length_at_which_plain_python_ends_it(request, seed, eos_bonus):
+    table = tables(seed, eos_bonus)
+    assert length_at_end(request, table) == search_plainly(request, table)[1]
+
+
+@given(searches, st.integers(0, 10**6), st.sampled_from([-1.0, 0.0, 1.5]))
+@settings(deadline=None, max_examples=200)
+def test_never_stopping_early_gives_up_nothing(request, seed, eos_bonus):
+    """The bound of the plain twin, and so of the step, is one: nothing better would have come."""
+    table = tables(seed, eos_bonus)
+    found, length = search_plainly(request, table, early_stopping="never")
+    at_the_end, most = search_plainly(request, table, early_stopping=None)
+    assert found == at_the_end and length <= most
+
+
+def test_each_patience_waits_longer_than_the_one_before():
+    """A search where all three differ, so that none can pass for another."""
+    table = tables(seed=1, eos_bonus=2.0)
+    lengths = [length_at_end(search_of([1], 2, 8, early=p), table) for p in (True, False, "never")]
+    assert lengths == [3, 4, 7]
 
 
 @pytest.mark.parametrize(
@@ -277,6 +318,10 @@ def test_searches_that_cannot_be_are_refused():
     }
     for word, bad in refused.items():
         assert word in (engine.refusal(bad) or "")
+    for num_beams in (1, 3):
+        maybe = replace(request, num_beams=num_beams, early_stopping="maybe")
+        words = "early_stopping='maybe' must be one of True, False, 'never'"
+        assert engine.refusal(maybe) == words
     with pytest.raises(ConfigError, match="allocator=max"):
         build(setup_of(replace(CONFIG, max_beams=3), allocator="max"))
     with pytest.raises(ConfigError, match="max_beams=9"):

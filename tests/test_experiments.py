@@ -106,6 +106,25 @@ def test_the_best_beams_of_a_prompt_stand_in_one_line(tmp_path):
     assert "num_beams=3" in wide["error"]
 
 
+@pytest.mark.parametrize("spelling", ["", "=true", "=never"])
+def test_a_search_may_be_told_when_to_stop(tmp_path, spelling):
+    done, (row,) = generate(
+        tmp_path,
+        {"id": "a", "prompt_ids": [1, 2, 3]},
+        flags=("--max_new_tokens=4", "--num_beams=2", f"--early_stopping{spelling}"),
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.strip().splitlines()[-1])["flags"]["early_stopping"]
+    assert said == ("never" if spelling == "=never" else True)
+    assert len(row["output_ids"]) == 4
+
+
+def test_a_search_cannot_perhaps_be_stopped(tmp_path):
+    done, _ = generate(tmp_path, {"id": "a", "prompt_ids": [1]}, flags=("--early_stopping=maybe",))
+    assert done.returncode != 0
+    assert "--early_stopping=maybe: it must be true, false or never" in done.stderr
+
+
 def test_a_request_larger_than_the_pool_is_refused_alone(tmp_path):
     done, rows = generate(
         tmp_path,

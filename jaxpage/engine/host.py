@@ -24,6 +24,7 @@ from jaxpage.scheduling.accounting import StepRecord
 from jaxpage.scheduling.state import (
     DONE,
     FINISH_REASONS,
+    PATIENCE,
     Beams,
     Requests,
     Sampling,
@@ -174,7 +175,7 @@ class Engine:
                 widths=jnp.int32(request.num_beams if request.num_beams > 1 else 0),
                 scores=jnp.float32(0.0 if sample < request.num_slots else -jnp.inf),
                 length_penalties=jnp.float32(request.length_penalty),
-                stops_early=jnp.asarray(request.early_stopping),
+                patience=jnp.int32(PATIENCE[request.early_stopping]),
             ),
             salt=self._salts.setdefault(request.tenant, len(self._salts)),
             sampling=Sampling(

@@ -1,12 +1,14 @@
 """What a user asks of the engine, what comes back, and why something cannot be asked."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import jax.numpy as jnp
 
 from jaxpage.config import EngineConfig
 from jaxpage.engine.step import Setup
 from jaxpage.paging.page_table import num_pages_for
+from jaxpage.scheduling.state import PATIENCE
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Request:
     n: int = 1  # samples of the one prompt, or how many of the beams to return
     num_beams: int = 1  # from 2 on beam search, in place of sampling
     length_penalty: float = 1.0  # the power of a beam's length that divides its log probability
-    early_stopping: bool = False  # as soon as as many have ended as there are beams
+    early_stopping: bool | Literal["never"] = False  # see `scheduling.state.PATIENCE`
     ignore_eos: bool = False
     tenant: str = ""  # only requests of the same share cached pages
     arrival_s: float = 0.0  # after the start of serving
@@ -114,6 +116,9 @@ def refusal(setup: Setup, request: Request) -> str | None:
 def _refusal_of_several(config: EngineConfig, request: Request) -> str | None:
     """Why this request cannot have so many samples, or be searched with so many beams."""
     n, width = request.n, request.num_beams
+    if request.early_stopping not in PATIENCE:
+        known = ", ".join(map(repr, PATIENCE))
+        return f"early_stopping={request.early_stopping!r} must be one of {known}"
     most = min(config.num_slots, config.num_requests)
     if width == 1:
         if not 1 <= n <= most:

@@ -15,7 +15,17 @@ from jax import lax
 
 from jaxpage.paging.allocator import Allocator
 from jaxpage.scheduling.batch import of_slots
-from jaxpage.scheduling.state import DONE, ERROR, HELD, LENGTH, STOP, Requests, SchedulerState
+from jaxpage.scheduling.state import (
+    DONE,
+    ERROR,
+    EXHAUSTIVE,
+    HELD,
+    IMPATIENT,
+    LENGTH,
+    STOP,
+    Requests,
+    SchedulerState,
+)
 
 
 class Candidates(NamedTuple):
@@ -88,17 +98,14 @@ def _advance_one(
 ) -> SchedulerState:
     per_beam = max(2, 1 + len(eos_ids))
     search = _search_of(state, ours, candidates.tokens.shape[1] // per_beam)
-    lead, beams = search.live[0], state.requests.beams
+    lead = search.live[0]
     children = _children_of(state.requests, search, candidates, eos_ids, per_beam)
     at_length = search.position + 1 >= state.requests.final_lens[lead]
     requests, best = _keep(state.requests, search, children)
     requests, born, dead, likeliest = _go_on(requests, search, children, state.step)
 
-    worst = best[search.width - 1]
-    attainable = _score(likeliest, search.num_new, beams.length_penalties[lead])
-    is_over = (worst > -jnp.inf) & (beams.stops_early[lead] | (attainable <= worst))
     fails = jnp.any(ours & failed)
-    is_over |= at_length | fails
+    is_over = _is_decided(requests, search, best, likeliest) | at_length | fails
     state = state.replace(requests=_end(requests, search, is_over, fails, state.step))
 
     num_slots = state.slots.shape[0]
@@ -244,6 +251,23 @@ def _go_on(
         dead,
         totals[0],
     )
+
+
+def _is_decided(
+    requests: Requests, search: _Search, best: jax.Array, likeliest: jax.Array
+) -> jax.Array:
+    """Whether all are kept that are wanted, and no beam is worth waiting for: `bool[]`.
+
+    `best: f32[W]` are the scores of those kept. A beam's total only falls from the `likeliest`, so
+    that no score is better than this total at the length that flatters it most: the greatest if
+    length is rewarded, else the present one. A patient search looks at the present one alone.
+    """
+    lead, worst = search.live[0], best[search.width - 1]
+    patience, penalty = requests.beams.patience[lead], requests.beams.length_penalties[lead]
+    most_new = requests.final_lens[lead] - requests.prompt_lens[lead]
+    looks_ahead = (patience == EXHAUSTIVE) & (penalty > 0)
+    attainable = _score(likeliest, jnp.where(looks_ahead, most_new, search.num_new), penalty)
+    return (worst > -jnp.inf) & ((patience == IMPATIENT) | (attainable <= worst))
 
 
 def _copy_rows(

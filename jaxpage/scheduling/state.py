@@ -23,6 +23,12 @@ FREE, WAITING, PREEMPTED, RUNNING, DONE, HELD = range(6)  # HELD: what a beam se
 NOT_DONE, STOP, LENGTH, ERROR = range(4)
 FINISH_REASONS = ("", "stop", "length", "error")
 
+# When a beam search is over that has kept as many sequences as it has beams: at once; when no beam
+# would be better if it ended now; or when none can come to be. Beside each what a user writes, as
+# in transformers, for `early_stopping`.
+IMPATIENT, PATIENT, EXHAUSTIVE = range(3)
+PATIENCE: dict[bool | str, int] = {True: IMPATIENT, False: PATIENT, "never": EXHAUSTIVE}
+
 
 class Sampling(struct.PyTreeNode):
     """How to choose the next token, for each of `n` requests or slots.
@@ -44,7 +50,7 @@ class Beams(struct.PyTreeNode):
     widths: jax.Array  # i32[n], beams of its request; 0 where none are searched
     scores: jax.Array  # f32[n], log probability of all output; with length penalty where HELD
     length_penalties: jax.Array  # f32[n], the power of the length that divides a score
-    stops_early: jax.Array  # bool[n], over as soon as as many have ended as there are beams
+    patience: jax.Array  # i32[n], what it waits for once as many have ended as there are beams
 
 
 class Requests(struct.PyTreeNode):
@@ -149,7 +155,7 @@ def create(config: EngineConfig, allocator: Allocator) -> SchedulerState:
             widths=ints(),
             scores=floats(0.0),
             length_penalties=floats(1.0),
-            stops_early=jnp.zeros((R,), jnp.bool_),
+            patience=ints(PATIENT),
         ),
     )
     return SchedulerState(
@@ -182,7 +188,7 @@ def waiting_request(
     row if it has no other; `salt` is the number of those who may share cached pages. Of a beam
     search, with scalars in `beams`, half of the rows are `held`.
     """
-    no_beams = Beams(jnp.int32(0), jnp.float32(0), jnp.float32(1), jnp.asarray(False))
+    no_beams = Beams(jnp.int32(0), jnp.float32(0), jnp.float32(1), jnp.int32(PATIENT))
     tokens = np.zeros((max_len,), np.int32)
     tokens[: len(prompt_ids)] = prompt_ids
 
