@@ -133,15 +133,14 @@ def search_plainly(request: Request, table, **changed):
     def logprobs(tokens):
         return [float(x) for x in table[len(tokens), tokens[-1]]]
 
-    asked = {"early_stopping": request.early_stopping, "length_penalty": request.length_penalty}
-    return beam_oracle.search(
-        request.prompt_ids,
-        logprobs,
-        width=max(request.num_beams, 1),
-        max_new_tokens=request.max_new_tokens,
-        eos_ids=EOS_IDS,
-        **(asked | changed),
-    )
+    asked = {
+        "width": request.num_beams,
+        "max_new_tokens": request.max_new_tokens,
+        "length_penalty": request.length_penalty,
+        # One beam is no search: it ends with its first stop token, whatever is asked.
+        "early_stopping": request.early_stopping if request.num_beams > 1 else True,
+    }
+    return beam_oracle.search(request.prompt_ids, logprobs, eos_ids=EOS_IDS, **(asked | changed))
 
 
 def check(state, rows: range, request: Request, table) -> None:
@@ -223,11 +222,11 @@ def test_never_stopping_early_gives_up_nothing(request, seed, eos_bonus):
     assert found == at_the_end and length <= most
 
 
-def test_each_patience_waits_longer_than_the_one_before():
-    """A search where all three differ, so that none can pass for another."""
+@pytest.mark.parametrize(("penalty", "lengths"), [(1.0, [3, 4, 7]), (-1.0, [3, 4, 4])])
+def test_the_exhaustive_search_waits_longest_and_only_if_length_is_rewarded(penalty, lengths):
     table = tables(seed=1, eos_bonus=2.0)
-    lengths = [length_at_end(search_of([1], 2, 8, early=p), table) for p in (True, False, "never")]
-    assert lengths == [3, 4, 7]
+    for patience, length in zip((True, False, "never"), lengths, strict=True):
+        assert length_at_end(search_of([1], 2, 8, penalty, patience), table) == length
 
 
 @pytest.mark.parametrize(
