@@ -86,13 +86,14 @@ def define_engine_flags(num_slots: int = 32, prefix_cache: bool = True) -> None:
     flags.DEFINE_integer(
         "host_bytes",
         None,
-        "How much memory of the host pages may take; by default as much as the pool.",
+        "How much memory of the host pages may take, cached ones too; by default as much as the "
+        "pool, and none under --preemption=recompute.",
         lower_bound=1,
     )
     flags.DEFINE_integer(
         "transfer_budget",
         0,
-        "How many pages may move each way in one step of fine preemption; 0 sets no limit.",
+        "How many pages may move each way in one step, not of whole sequences; 0 sets no limit.",
         lower_bound=0,
     )
     flags.DEFINE_bool(

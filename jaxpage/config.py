@@ -85,9 +85,10 @@ class EngineConfig:
     running sequence must be able to take, as far as it can come to need them, when another is
     admitted: who is let in then is not preempted a few tokens later. `max_beams` is the greatest
     width of a beam search, 1 for none. `preemption` is a mode of `scheduling.preemption`; all but
-    `recompute` need `host_pages`, and `fine` moves at most `transfer_budget` pages a step each way,
-    0 for as many as a step can need. `log_steps` is how many step
-    records the device holds before the host must read them.
+    `recompute` need `host_pages`, to which cached pages go as well. At most `transfer_budget` pages
+    move a step each way, 0 for as many as a step can need; whole sequences know no budget, nor do
+    cached pages of which the host has what follows.
+    `log_steps` is how many step records the device holds before the host must read them.
     """
 
     num_slots: int
@@ -123,18 +124,18 @@ class EngineConfig:
             f"preemption={self.preemption!r} must be one of {', '.join(PREEMPTION_MODES)}",
         )
         require(
-            self.host_pages > 0 if self.preemption != "recompute" else self.host_pages == 0,
+            self.host_pages > 0 if self.preemption != "recompute" else self.host_pages >= 0,
             f"host_pages={self.host_pages} with preemption={self.preemption!r}: swap and fine need "
-            "pages on the host, recompute has no use for them",
+            "pages on the host",
         )
         require(
             self.transfer_budget >= 0,
             f"transfer_budget={self.transfer_budget} must not be negative: 0 sets no limit",
         )
         require(
-            self.transfer_budget == 0 or self.preemption == "fine",
-            f"transfer_budget={self.transfer_budget} with preemption={self.preemption!r}: only "
-            "fine moves by a budget",
+            self.transfer_budget == 0 or (self.host_pages > 0 and self.preemption != "swap"),
+            f"transfer_budget={self.transfer_budget} with preemption={self.preemption!r} and "
+            f"host_pages={self.host_pages}: it needs pages on the host, and no whole sequences",
         )
         buckets = self.token_buckets
         require(
@@ -166,10 +167,9 @@ class EngineConfig:
 
     @property
     def moves_at_most(self) -> int:
-        """Pages that may move to the host, or back, in one step."""
-        if self.preemption != "fine":
-            return self.host_pages
-        return min(self.transfer_budget or self.most_new_pages, self.host_pages)
+        """Pages that may come back from the host in one step, or leave for it to make way."""
+        most = self.most_new_pages if self.preemption == "fine" else self.host_pages
+        return min(self.transfer_budget or most, self.host_pages)
 
     @property
     def token_budget(self) -> int:

@@ -26,7 +26,7 @@ from page_tables import (
 )
 from paging_oracle import PageTableOracle
 
-from jaxpage.paging import kv_pool, page_table, status
+from jaxpage.paging import fitting, kv_pool, page_table, status
 from jaxpage.paging.kv_pool import KvPool
 
 
@@ -93,7 +93,7 @@ def test_a_full_source_page_shared_in_part_is_copied_by_the_sharer_only():
 
 # --- who fits ------------------------------------------------------------------------------------
 
-fitting = jax.jit(page_table.fitting)
+fitting_rows = jax.jit(fitting.fitting)
 
 
 def check_fitting(num_tables: int) -> Counter:
@@ -110,7 +110,7 @@ def check_fitting(num_tables: int) -> Counter:
         room = shape[1] * shape[3] - np.asarray(oracle.lengths)
         counts = rng.integers(0, np.minimum(room, 2 * shape[3]) + 1) * (rng.random(4) < 0.8)
         want = oracle.fitting(order, counts)
-        assert fitting(table, i32(order), i32(counts)).tolist() == want, seed
+        assert fitting_rows(table, i32(order), i32(counts)).tolist() == want, seed
         owned = sum(map(len, oracle.rows))
         met[owned > shape[2] - len(oracle.stack), not all(want)] += 1
     return met
@@ -128,7 +128,7 @@ def test_rows_fit_as_trying_says_on_many_tables():
 
 def test_a_row_whose_page_others_give_up_needs_no_copy():
     table = shared_by(3, num_pages=2)  # no page is free
-    fits = fitting(table, i32([2, 0, 1, 3]), i32([1, 0, 1, 0]))
+    fits = fitting_rows(table, i32([2, 0, 1, 3]), i32([1, 0, 1, 0]))
     assert fits.tolist() == [False, False, True, False]
 
 

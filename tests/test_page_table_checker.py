@@ -21,7 +21,8 @@ from page_tables import (
 )
 from paging_oracle import PageTableOracle
 
-from jaxpage.paging import page_table
+from jaxpage.paging import page_table, tiers
+from jaxpage.paging.host_tier import HostTier
 from jaxpage.paging.page_table import PageTable
 
 
@@ -34,13 +35,16 @@ def sound_table() -> PageTable:
 
 def corrupted(**changes) -> PageTable:
     """The sound table with entries set: `field=(index, value)`, or `field=value` for a scalar."""
-    table = sound_table()
+    return changed(sound_table(), changes)
+
+
+def changed[T: (PageTable, HostTier)](state: T, changes: dict) -> T:
     for name, change in changes.items():
-        array = np.array(getattr(table, name))
+        array = np.array(getattr(state, name))
         index, value = change if isinstance(change, tuple) else ((), change)
         array[index] = value
-        table = dataclasses.replace(table, **{name: jnp.asarray(array)})
-    return table
+        state = dataclasses.replace(state, **{name: jnp.asarray(array)})
+    return state
 
 
 # What is wrong, and what the checker must count: references, free xor owned, entries, repeated,
@@ -70,10 +74,43 @@ CORRUPTIONS = {
     "a length that claims a page more": ({"lengths": (0, 9)}, [0, 0, 1, 0, 0]),
     "a length that forgets a page": ({"lengths": (0, 4)}, [0, 0, 1, 0, 0]),
     "a length beyond the slot": ({"lengths": (1, 17)}, [0, 0, 1, 0, 1]),
-    "a page of the host that is not counted": ({"page_indices": ((1, 1), 11)}, [1, 1, 0, 0, 1]),
+    "more than P for an entry": ({"page_indices": ((1, 1), 11)}, [1, 1, 1, 0, 0]),
     "a page of the host too many": ({"num_hosted": (1, 1)}, [0, 0, 0, 0, 1]),
     "a negative length": ({"lengths": (3, -1)}, [0, 0, 0, 0, 1]),
 }
+
+
+@functools.cache
+def tiered_table() -> PageTable:
+    """The sound table beside a host of 4 pages; page 4 of row 1 is on the host, 13 in its place."""
+    table, _ = append(page_table.create(4, 4, 10, 4, host_pages=4), i32([6, 9, 0, 0]))
+    return tiers.move_out(share(table, i32(0), i32(2), i32(5)), i32(1), i32(2))
+
+
+# The same of the host: pages 10 to 12 are on its stack.
+HOST_CORRUPTIONS = {
+    "a page of the host that is not counted": ({"num_hosted": (1, 0)}, {}, [0, 0, 0, 0, 1]),
+    "a page of the host too many": ({"num_hosted": (0, 1)}, {}, [0, 0, 0, 0, 1]),
+    "two pages in one place": ({}, {"places": (3, 2)}, [0, 0, 0, 2, 0]),
+    "a page nowhere": ({}, {"places": (3, 14)}, [0, 0, 0, 1, 1]),
+    "a leaked page of the host": ({}, {"num_free": 2}, [0, 1, 0, 0, 0]),
+    "an owned page in the host's stack": ({}, {"free_pages": (0, 4)}, [0, 2, 0, 0, 0]),
+    "a page of the pool in the host's stack": ({}, {"free_pages": (0, 9)}, [0, 1, 0, 0, 0]),
+    "a page of the host in the pool's stack": ({"free_pages": (0, 12)}, {}, [0, 1, 0, 0, 0]),
+    "a free count above the host": ({}, {"num_free": 5}, [0, 0, 0, 0, 1]),
+    "a free count below zero": ({}, {"num_free": -1}, [0, 3, 0, 0, 1]),
+}
+
+
+@pytest.mark.parametrize(
+    "of_table, of_tier, counts", HOST_CORRUPTIONS.values(), ids=HOST_CORRUPTIONS.keys()
+)
+def test_the_checker_counts_each_corruption_of_the_host_tier(of_table, of_tier, counts):
+    table = tiered_table()
+    assert violations(table).tolist() == SOUND
+    assert table.num_hosted.tolist() == [0, 1, 0, 0]
+    table = dataclasses.replace(changed(table, of_table), tier=changed(table.tier, of_tier))
+    assert violations(table).tolist() == counts
 
 
 def test_the_checker_finds_nothing_in_the_sound_table():

@@ -279,3 +279,24 @@ def test_a_hash_that_collides_costs_hits_and_never_a_wrong_token(hash_name):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_long_random_steps_leave_the_cache_as_the_oracle(shape, hash_name, policy):
     check_random(shape, policy, hash_name, max_examples=600, max_size=25)
+
+
+def test_part_of_a_full_page_is_not_shared_since_its_last_owner_would_write_to_it():
+    cached = Cached(SHAPES["a roomy pool"], "lru")
+    tokens = [1, 2, 3, 4, 5, 6]  # two full pages
+    assert cached.admit(0, tokens, 0, soon=6, owed=0).status == status.OK
+    cached.append([6, 0, 0, 0])
+    cached.enter()
+    cached.settle()
+    i32 = np.int32
+    cached.cache = jax.jit(prefix_cache.share)(cached.cache, i32(0), i32(1), i32(5))
+    assert cached.lengths[:2] == [6, 3]
+    cached.release(np.arange(4) == 0)
+    cached.sequences[1, :6] = [1, 2, 3, 4, 9, 9]
+    cached.append([0, 3, 0, 0])
+    cached.enter()
+    cached.settle()
+    cached.check()
+    cached.check_bytes()
+    assert cached.admit(2, [*tokens, 7], 0, soon=7, owed=0).num_tokens == 6
+    cached.check_bytes()  # nothing has been written over them

@@ -49,8 +49,9 @@ def engine_config(
 
     The pool has `num_pages` pages or what `kv_bytes` bytes hold; by default enough for every slot
     to be full, so that nothing is ever preempted. `pool_factor` multiplies it, for experiments.
-    The host has pages for `host_bytes` bytes, by default as many as the pool if `preemption` needs
-    any. With `batch_invariant` every step is of one size: all slots, and as many prompt tokens.
+    The host has pages for `host_bytes` bytes, for those who wait and for a prefix cache; by default
+    as many as the pool if `preemption` needs any, and none if not. With `batch_invariant` every
+    step is of one size: all slots, and as many prompt tokens.
 
     Raises:
       ConfigError: the budget holds no page, or a number is out of range.
@@ -66,11 +67,6 @@ def engine_config(
         num_pages = num_slots * pages_per_slot
     host_pages = 0 if preemption == "recompute" else num_pages * pool_factor
     if host_bytes is not None:
-        require(
-            preemption != "recompute",
-            f"host_bytes={host_bytes} with preemption='recompute': only swap and fine use memory "
-            "of the host",
-        )
         host_pages = _pages_in("host_bytes", host_bytes, model, page_size, kv_dtype)
     buckets = token_buckets(num_slots, pages_per_slot * page_size)
     return EngineConfig(

@@ -21,6 +21,7 @@ from jaxpage.model.llama import AttentionFn, Batch
 from jaxpage.model.params import Params
 from jaxpage.paging import kv_pool, page_table, ragged
 from jaxpage.paging.allocator import Allocator
+from jaxpage.paging.in_place import first_read
 from jaxpage.paging.kv_pool import KvPool
 from jaxpage.scheduling import beams
 from jaxpage.scheduling import state as scheduler_state
@@ -94,27 +95,29 @@ def engine_step(params: Params, state: EngineState, setup: Setup) -> EngineState
     """Plans a step, runs the model on it, and commits what it sampled."""
     scheduler, plan = plan_step(state.scheduler, setup.engine, setup.allocator, setup.policy)
     log = _write_log(state.log, scheduler, plan, setup.engine)
-    pool, host_pool = move_between_tiers(state.pool, state.host_pool, plan, setup.engine)
+    pool, host_pool = move_pages(state.pool, state.host_pool, plan, setup.engine)
     pool, outcome = execute(params, pool, plan, scheduler.requests, setup)
     scheduler = commit_step(scheduler, plan, outcome, setup.allocator, setup.model.eos_ids)
     return EngineState(scheduler=scheduler, pool=pool, host_pool=host_pool, log=log)
 
 
-def move_between_tiers(
+def move_pages(
     pool: KvPool, host_pool: KvPool, plan: Plan, config: EngineConfig
 ) -> tuple[KvPool, KvPool]:
-    """Carries out the moves of a plan: pages leave the pool, and then others come back into it."""
-    if config.host_pages == 0:
-        return pool, host_pool
-    host_pool = kv_pool.move_out(pool, host_pool, *plan.moves_out)
-    return kv_pool.move_in(host_pool, pool, *plan.moves_in), host_pool
+    """Makes the moves and copies of a plan: out of the pool, within it, and back into it."""
+    if config.host_pages > 0:
+        host_pool = kv_pool.move_out(pool, host_pool, *plan.moves_out)
+        host_pool, pool = first_read(host_pool, pool)
+    pool = kv_pool.copy_pages(pool, *plan.copies)
+    if config.host_pages > 0:
+        pool = kv_pool.move_in(host_pool, pool, *plan.moves_in)
+    return pool, host_pool
 
 
 def execute(
     params: Params, pool: KvPool, plan: Plan, requests: Requests, setup: Setup
 ) -> tuple[KvPool, Outcome]:
-    """Carries out a plan with the model: copies and writes KV, samples where the plan says so."""
-    pool = kv_pool.copy_pages(pool, *plan.copies)
+    """Carries out a plan with the model: writes KV, and samples where the plan says so."""
     buckets = setup.engine.token_buckets
     chosen = _smallest_holding(plan.num_tokens, buckets)
     branches = [partial(_forward_bucket, bucket, setup) for bucket in buckets]
@@ -258,7 +261,9 @@ def owners_of_pages(scheduler: SchedulerState) -> jax.Array:
     `R + 1` is a page that is cached and held by none, `R + 2` one that several hold.
     """
     table, nobody = scheduler.table, scheduler.requests.phases.shape[0]
-    slots = page_table.page_owners(table.page_indices, table.num_pages)
+    slots = page_table.page_owners(table.in_pool, table.num_pages)
     owners = scheduler.slots.at[slots].get(mode="fill", fill_value=nobody)
-    owners = jnp.where(table.is_cached, nobody + 1, owners)
-    return jnp.where(table.is_shared, nobody + 2, owners)
+    for of_page, owner in ((table.is_cached, nobody + 1), (table.is_shared, nobody + 2)):
+        pages = table.tier.in_pool(jnp.arange(of_page.shape[0], dtype=jnp.int32))
+        owners = owners.at[jnp.where(of_page, pages, table.num_pages)].set(owner, mode="drop")
+    return owners

@@ -13,7 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxpage.config import EngineConfig
-from jaxpage.paging import contiguous, page_table, prefix_cache, prefix_index, status, tiers
+from jaxpage.paging import (
+    contiguous,
+    fitting,
+    page_table,
+    prefix_cache,
+    prefix_index,
+    status,
+    tiers,
+)
 from jaxpage.paging.contiguous import ContiguousTable, ReserveFn
 from jaxpage.paging.eviction import EVICTION_POLICIES, ScoreFn
 from jaxpage.paging.page_table import Appended, PageTable, num_pages_for
@@ -64,12 +72,18 @@ class Allocator[T]:
     # (table, source, target, num_tokens), as in `page_table.share`; None where rows cannot share
     share: Callable[[T, jax.Array, jax.Array, jax.Array], T] | None = None
     tier: TierOps | None = None  # None where pages cannot leave for the host
+    caches: bool = False  # pages outlive their sequences
     enter: Callable[..., T] = lambda table, *_: table
     settle: Callable[[T], T] = lambda table: table
 
 
 def _create(create: Callable, config: EngineConfig):
     return create(config.num_slots, config.pages_per_slot, config.num_pages, config.page_size)
+
+
+def _create_tiered(create: Callable, config: EngineConfig):
+    shape = (config.num_slots, config.pages_per_slot, config.num_pages, config.page_size)
+    return create(*shape, config.host_pages, config.transfer_budget or None)
 
 
 def _admit_paged(table: PageTable, row, prompt: Prompt, owed):
@@ -120,10 +134,10 @@ def _fitting_contiguous(table: ContiguousTable, order: jax.Array, counts: jax.Ar
 PAGED: Allocator[PageTable] = Allocator(
     name="paged",
     grows=True,
-    create=partial(_create, page_table.create),
+    create=partial(_create_tiered, page_table.create),
     admit=_admit_paged,
     append=page_table.append,
-    fitting=page_table.fitting,
+    fitting=fitting.fitting,
     release=page_table.release,
     violations=page_table.violations,
     reserve=contiguous.reserve_oracle,
@@ -137,7 +151,7 @@ def with_prefix_cache(score: ScoreFn, hash_fn: HashFn = prefix_index.mix) -> All
     return Allocator(
         name="paged",
         grows=True,
-        create=partial(_create, prefix_cache.create),
+        create=partial(_create_tiered, prefix_cache.create),
         admit=partial(_admit_cached, score=score, hash_fn=hash_fn),
         append=partial(prefix_cache.append, score=score),
         fitting=prefix_cache.fitting,
@@ -146,6 +160,7 @@ def with_prefix_cache(score: ScoreFn, hash_fn: HashFn = prefix_index.mix) -> All
         reserve=contiguous.reserve_oracle,
         share=prefix_cache.share,
         tier=tiers.with_prefix_cache(score),
+        caches=True,
         enter=partial(prefix_cache.enter, hash_fn=hash_fn),
         settle=prefix_cache.settle,
     )

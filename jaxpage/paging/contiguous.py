@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from jaxpage.paging import status
+from jaxpage.paging import host_tier, status
+from jaxpage.paging.host_tier import HostTier
 from jaxpage.paging.page_table import num_pages_for
 
 # (prompt tokens, prompt + output tokens, most tokens a slot can have) -> tokens to reserve
@@ -84,6 +85,31 @@ class ContiguousTable(struct.PyTreeNode):
     def num_cached(self) -> jax.Array:
         """Pages kept for later sequences, `i32[]`: none."""
         return jnp.asarray(0, jnp.int32)
+
+    @property
+    def null(self) -> int:
+        """The number that means "no page", `P`."""
+        return self.num_pages
+
+    @property
+    def tier(self) -> HostTier:
+        """The host has no pages for runs."""
+        return host_tier.create(self.num_pages, 0)
+
+    @property
+    def num_host_held(self) -> jax.Array:
+        """Pages of the host that rows hold, `i32[]`: none."""
+        return jnp.asarray(0, jnp.int32)
+
+    @property
+    def num_host_cached(self) -> jax.Array:
+        """Pages of the host kept for later sequences, `i32[]`: none."""
+        return jnp.asarray(0, jnp.int32)
+
+    @property
+    def in_pool(self) -> jax.Array:
+        """Where each entry's page is, `i32[B, M]`, `P` for none."""
+        return self.page_indices
 
     @property
     def is_cached(self) -> jax.Array:

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from jaxpage.paging import ragged, status
+from jaxpage.paging import host_tier, ragged, status
+from jaxpage.paging.copies import Copies
+from jaxpage.paging.host_tier import HostTier
 from jaxpage.paging.in_place import first_read
 
 
@@ -20,23 +22,35 @@ class PageTable(struct.PyTreeNode):
     """Pages by sequence, reference counts by page, and the stack of free pages.
 
     Row `b` keeps token `i < lengths[b]` in slot `i % S` of page `page_indices[b, i // S]`; entries
-    past its last page are `NULL_PAGE = P`, an index that scatters drop. So is an entry for a page
-    that has left the pool for the host: it is more than `P`. A page is free exactly when its
-    reference count is zero, and then it stands once in `free_pages[:num_free]`, the top last.
+    past its last page are `NULL_PAGE`, an index that scatters drop. A page is free exactly when its
+    reference count is zero, and then it stands once in `free_pages[:num_free]`, the top last, or if
+    it is on the host, on the stack there. Without a host tier, `H` is 0 and a page's number is
+    its place.
     """
 
     page_indices: jax.Array  # i32[B, M]
     lengths: jax.Array  # i32[B], tokens
-    ref_counts: jax.Array  # i32[P]
+    ref_counts: jax.Array  # i32[P + H]
     free_pages: jax.Array  # i32[P]
     num_free: jax.Array  # i32[]
-    num_hosted: jax.Array  # i32[B], entries that name a page of the host (`paging.tiers`)
+    num_hosted: jax.Array  # i32[B], entries whose page is on the host
+    tier: HostTier
     page_size: int = struct.field(pytree_node=False)
 
     @property
     def num_pages(self) -> int:
-        """Pages in the pool, `P`; also the index that means "no page"."""
+        """Pages in the pool, `P`."""
+        return self.free_pages.shape[0]
+
+    @property
+    def null(self) -> int:
+        """The number that means "no page", `NULL_PAGE = P + H`."""
         return self.ref_counts.shape[0]
+
+    @property
+    def in_pool(self) -> jax.Array:
+        """Where in the pool each entry's page is, `i32[B, M]`, `P` for none and on the host."""
+        return self.tier.in_pool(self.page_indices)
 
     @property
     def held_pages(self) -> jax.Array:
@@ -50,17 +64,27 @@ class PageTable(struct.PyTreeNode):
 
     @property
     def num_cached(self) -> jax.Array:
-        """Pages that nobody holds and that are not free, `i32[]`: none, without a prefix cache."""
+        """Pages of the pool that nobody holds and that are not free, `i32[]`: none here."""
         return jnp.asarray(0, jnp.int32)
 
     @property
+    def num_host_cached(self) -> jax.Array:
+        """The same of the host, `i32[]`."""
+        return jnp.asarray(0, jnp.int32)
+
+    @property
+    def num_host_held(self) -> jax.Array:
+        """Pages of the host that rows hold, `i32[]`."""
+        return self.tier.num_pages - self.tier.num_free
+
+    @property
     def is_cached(self) -> jax.Array:
-        """Pages that nobody holds and that are not free, `bool[P]`: none."""
+        """Pages that nobody holds and that are not free, `bool[P + H]`: none."""
         return jnp.zeros(self.ref_counts.shape, jnp.bool_)
 
     @property
     def is_shared(self) -> jax.Array:
-        """Pages that several rows hold, `bool[P]`."""
+        """Pages that several rows hold, `bool[P + H]`."""
         return self.ref_counts > 1
 
     @property
@@ -71,7 +95,7 @@ class PageTable(struct.PyTreeNode):
         """
         last = jnp.take_along_axis(self.page_indices, _last_column(self)[:, None], 1)[:, 0]
         owners = self.ref_counts.at[last].get(mode="fill", fill_value=0)
-        return (_copies(last, owners)[1] == last.shape[0]) & (last <= self.num_pages)
+        return (_copies(last, owners)[1] == last.shape[0]) & ~self.tier.is_hosted(last)
 
 
 class Appended(NamedTuple):
@@ -79,7 +103,7 @@ class Appended(NamedTuple):
 
     Where a row was to write to a page that others hold as well, it now holds page `targets[b]` in
     place of page `sources[b]`, whose content must be copied before the row's new tokens are written
-    (copy-on-write, Kwon et al. 2023, section 4.4). Both are `NULL_PAGE` where nothing is copied.
+    (copy-on-write, Kwon et al. 2023, section 4.4). Both are places in the pool, `P` for no copy.
     """
 
     status: jax.Array  # i32[B]
@@ -92,15 +116,27 @@ def num_pages_for[N: (int, jax.Array)](num_tokens: N, page_size: int) -> N:
     return (num_tokens + page_size - 1) // page_size
 
 
-def create(num_slots: int, pages_per_slot: int, num_pages: int, page_size: int) -> PageTable:
-    """A table of empty rows, every page free; page 0 is on top of the stack."""
+def create(
+    num_slots: int,
+    pages_per_slot: int,
+    num_pages: int,
+    page_size: int,
+    host_pages: int = 0,
+    budget: int | None = None,
+) -> PageTable:
+    """A table of empty rows, every page free; page 0 is on top of the stack.
+
+    Of cached pages at most `budget` a step move to the host, and any number if none is given.
+    """
+    null = num_pages + host_pages
     return PageTable(
-        page_indices=jnp.full((num_slots, pages_per_slot), num_pages, jnp.int32),
+        page_indices=jnp.full((num_slots, pages_per_slot), null, jnp.int32),
         lengths=jnp.zeros((num_slots,), jnp.int32),
-        ref_counts=jnp.zeros((num_pages,), jnp.int32),
+        ref_counts=jnp.zeros((null,), jnp.int32),
         free_pages=jnp.arange(num_pages - 1, -1, -1, dtype=jnp.int32),
         num_free=jnp.asarray(num_pages, jnp.int32),
         num_hosted=jnp.zeros((num_slots,), jnp.int32),
+        tier=host_tier.create(num_pages, host_pages, budget),
         page_size=page_size,
     )
 
@@ -115,8 +151,8 @@ def append(
     the last owner writes in place. `max_new_pages` bounds the pages of one call (by default `P`), a
     static number that the work follows.
     """
-    null = table.num_pages
-    capacity = null if max_new_pages is None else max_new_pages
+    null = table.null
+    capacity = table.num_pages if max_new_pages is None else max_new_pages
     lengths, held, last = table.lengths + counts, table.held_pages, _last_column(table)
     needs, table = first_read(_needs(table, counts), table)
     demand, copies = needs.demand, needs.copies
@@ -146,7 +182,8 @@ def append(
         ref_counts=table.ref_counts.at[page].set(1, mode="drop").at[sources].add(-1, mode="drop"),
         num_free=table.num_free - jnp.sum(granted),
     )
-    return table, Appended(row_status, sources, targets)
+    in_pool = table.tier.in_pool
+    return table, Appended(row_status, in_pool(sources), in_pool(targets))
 
 
 class _Needs(NamedTuple):
@@ -169,7 +206,7 @@ def _needs(table: PageTable, counts: jax.Array) -> _Needs:
     too_long = lengths > table.page_indices.shape[1] * table.page_size
     writes = (counts > 0) & (table.lengths % table.page_size != 0) & ~too_long
     last_page = jnp.take_along_axis(table.page_indices, _last_column(table)[:, None], 1)[:, 0]
-    last_page = jnp.where(writes, last_page, table.num_pages)
+    last_page = jnp.where(writes, last_page, table.null)
     owners = table.ref_counts.at[last_page].get(mode="fill", fill_value=0)
     copies, before = _copies(last_page, owners)
     demand = num_pages_for(lengths, table.page_size) - held + copies
@@ -209,66 +246,6 @@ def _copies(pages: jax.Array, owners: jax.Array) -> tuple[jax.Array, jax.Array]:
     return lax.cond(jnp.any(owners > 1), by_page, nobody)
 
 
-def fitting(
-    table: PageTable, order: jax.Array, counts: jax.Array, num_cached: jax.Array | int = 0
-) -> jax.Array:
-    """Which rows could append `counts` at once if all rows after them gave up their pages.
-
-    "After" is meant by `order: i32[B]`, a permutation of the rows, and the rows that fit are its
-    first few: `bool[B]`. `num_cached` pages that nobody holds are kept off the stack, and are as
-    good as free. The work follows the pool's size only where pages are shared and too few.
-    """
-    held, num_free = table.held_pages - table.num_hosted, table.num_free + num_cached
-    demand = num_pages_for(table.lengths + counts, table.page_size) - table.held_pages
-    writes = (counts > 0) & (table.lengths % table.page_size != 0)
-    is_shared = jnp.sum(held) > table.num_pages - num_free
-    is_short = jnp.sum(demand) + jnp.sum(writes, dtype=jnp.int32) > num_free
-
-    def unshared():
-        # Row i fits if what rows 0..i hold and demand is no more than all pages in use or free.
-        return jnp.cumsum((held + demand)[order]) <= num_free + jnp.sum(held)
-
-    def shared():
-        last = jnp.where(writes, held - 1, -1)
-        kept, copied = _kept_and_copied(table.page_indices[order], last[order], table.num_pages)
-        used = table.num_pages - num_free
-        return jnp.cumsum(demand[order]) + copied <= num_free + used - kept
-
-    fits = lax.cond(is_shared & is_short, shared, unshared)
-    return jnp.zeros_like(fits).at[order].set(fits)
-
-
-def _kept_and_copied(
-    page_indices: jax.Array, columns: jax.Array, num_pages: int
-) -> tuple[jax.Array, jax.Array]:
-    """For rows 0..i alone, each i: the pages that they hold, and those they copy; two `i32[B]`.
-
-    Row `b` writes to its page in column `columns[b]`, -1 for none. Of the owners of a page those
-    that write copy it, all but one if all do. So a row that joins adds a copy if it writes and is
-    not the page's first owner, or if it is the first that does not write and not the first owner.
-    """
-    num_rows, pages_per_slot = page_indices.shape
-    row = jnp.broadcast_to(jnp.arange(num_rows, dtype=jnp.int32)[:, None], page_indices.shape)
-    is_written = jnp.arange(pages_per_slot, dtype=jnp.int32)[None] == columns[:, None]
-
-    def first_row(rows):
-        nobody = jnp.full((num_pages,), num_rows, jnp.int32)
-        return nobody.at[page_indices].min(rows, mode="drop")
-
-    def by_row(rows, adds):
-        """How many of `rows` that `adds` are at most each row."""
-        added = jnp.zeros((num_rows,), jnp.int32)
-        return jnp.cumsum(added.at[jnp.where(adds, rows, num_rows)].add(1, mode="drop"))
-
-    owner, reader = first_row(row), first_row(jnp.where(is_written, num_rows, row))
-    writers = is_written & (owner.at[page_indices].get(mode="fill", fill_value=0) != row)
-    return (
-        by_row(owner, owner < num_rows),
-        by_row(row.reshape(-1), writers.reshape(-1))
-        + by_row(reader, (reader < num_rows) & (reader != owner)),
-    )
-
-
 def share(
     table: PageTable, source: jax.Array, target: jax.Array, num_tokens: jax.Array
 ) -> PageTable:
@@ -280,11 +257,13 @@ def share(
     columns = jnp.arange(table.page_indices.shape[1], dtype=jnp.int32)
     count = num_pages_for(num_tokens, table.page_size)
     held, target = first_read(table.page_indices[source], target)
-    pages = jnp.where(columns < count, held, table.num_pages)
+    pages = jnp.where(columns < count, held, table.null)
+    num_hosted = jnp.sum(table.tier.is_hosted(pages), dtype=jnp.int32)
     return table.replace(
         page_indices=table.page_indices.at[target].set(pages),
         lengths=table.lengths.at[target].set(num_tokens),
         ref_counts=table.ref_counts.at[pages].add(1, mode="drop"),
+        num_hosted=table.num_hosted.at[target].set(num_hosted),
     )
 
 
@@ -318,23 +297,36 @@ def release_row(table: PageTable, row: jax.Array) -> tuple[PageTable, jax.Array]
     ref_counts = table.ref_counts.at[pages].add(-1, mode="drop")
     is_unowned = ref_counts.at[pages].get(mode="fill", fill_value=1) == 0
     table = table.replace(
-        page_indices=table.page_indices.at[row].set(jnp.full_like(pages, table.num_pages)),
+        page_indices=table.page_indices.at[row].set(jnp.full_like(pages, table.null)),
         lengths=table.lengths.at[row].set(0),
         ref_counts=ref_counts,
         num_hosted=table.num_hosted.at[row].set(0),
     )
-    return table, jnp.where(is_unowned, pages, table.num_pages)
+    return table, jnp.where(is_unowned, pages, table.null)
 
 
 def free(table: PageTable, pages: jax.Array) -> PageTable:
-    """Puts `pages: i32[n]` that nobody holds on the stack in their order; `NULL_PAGE` is none."""
-    is_page = pages < table.num_pages
+    """Puts `pages: i32[n]` that nobody holds on the stack in their order; `NULL_PAGE` is none.
+
+    Those on the host go on the stack there.
+    """
+    if table.tier.num_pages > 0:
+        hosted = table.tier.is_hosted(pages)
+        tier = host_tier.free(table.tier, jnp.where(hosted, pages, table.null))
+        table, pages = table.replace(tier=tier), jnp.where(hosted, table.null, pages)
+    is_page = pages < table.null
     place = table.num_free + jnp.cumsum(is_page.astype(jnp.int32)) - 1
     place = jnp.where(is_page, place, table.num_pages)
     return table.replace(
         free_pages=table.free_pages.at[place].set(pages, mode="drop"),
         num_free=table.num_free + jnp.sum(is_page, dtype=jnp.int32),
     )
+
+
+def take_moves(table: PageTable) -> tuple[PageTable, Copies, Copies]:
+    """The moves of the step to the host and back, for an executor; the table has none after."""
+    tier = table.tier
+    return table.replace(tier=host_tier.without_moves(tier)), tier.outs, tier.ins
 
 
 def page_owners(page_indices: jax.Array, num_pages: int) -> jax.Array:
@@ -348,32 +340,39 @@ def page_owners(page_indices: jax.Array, num_pages: int) -> jax.Array:
 def violations(table: PageTable, kept: jax.Array | bool = False) -> jax.Array:
     """Counts broken invariants, `i32[5]`; a sound table gives zeros.
 
-    Pages that are `kept: bool[P]` are off the stack though nobody may hold them.
+    Pages that are `kept: bool[P + H]` are off the stacks though nobody may hold them.
 
     1. pages whose reference count is not the number of table entries that name them;
-    2. pages that are free and owned, or neither, or twice in the stack;
+    2. pages that are free and owned, or neither, or twice in a stack, or not in that of their tier;
     3. entries up to a row's last page that name no page, or after it that are not `NULL_PAGE`;
-    4. pages that a row names twice;
+    4. pages that a row names twice, or that share a place with another;
     5. lengths or counts out of range, or a wrong count of pages on the host.
     """
     pages_per_slot = table.page_indices.shape[1]
-    P = table.num_pages
+    null, P, tier = table.null, table.num_pages, table.tier
     columns = jnp.arange(pages_per_slot, dtype=jnp.int32)[None, :]
-    named = (table.page_indices >= 0) & (table.page_indices < P)
-    held, hosted = columns < table.held_pages[:, None], table.page_indices > P
-    entries = jnp.where(named, table.page_indices, P)
-    references = jnp.zeros((P,), jnp.int32).at[entries].add(1, mode="drop")
+    named = (table.page_indices >= 0) & (table.page_indices < null)
+    held = columns < table.held_pages[:, None]
+    entries = jnp.where(named, table.page_indices, null)
+    references = jnp.zeros((null,), jnp.int32).at[entries].add(1, mode="drop")
 
-    stacked = jnp.arange(P, dtype=jnp.int32) < table.num_free
-    in_stack = jnp.where(stacked, table.free_pages, P)
-    in_stack = jnp.where(in_stack >= 0, in_stack, P)
-    times_free = jnp.zeros((P,), jnp.int32).at[in_stack].add(1, mode="drop")
+    def in_stack(free_pages: jax.Array, num_free: jax.Array, hosted: bool) -> jax.Array:
+        stacked = jnp.arange(free_pages.shape[0], dtype=jnp.int32) < num_free
+        stacked &= (free_pages >= 0) & (tier.is_hosted(free_pages) == hosted)
+        return jnp.where(stacked, free_pages, null)
+
+    times_free = jnp.zeros((null,), jnp.int32)
+    stacks = (table.free_pages, table.num_free, False), (tier.free_pages, tier.num_free, True)
+    for stack in stacks:
+        times_free = times_free.at[in_stack(*stack)].add(1, mode="drop")
 
     in_order = jnp.sort(entries, axis=1)
-    repeated = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] < P)
+    repeated = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] < null)
+    times_placed = jnp.zeros((null,), jnp.int32).at[tier.places].add(1, mode="drop")
     too_long = (table.lengths < 0) | (table.lengths > pages_per_slot * table.page_size)
-    num_hosted = jnp.sum(held & hosted, axis=1, dtype=jnp.int32)
+    num_hosted = jnp.sum(held & tier.is_hosted(entries), axis=1, dtype=jnp.int32)
     out_of_range = (table.num_free < 0) | (table.num_free > P)
+    host_out_of_range = (tier.num_free < 0) | (tier.num_free > tier.num_pages)
 
     def count(broken: jax.Array) -> jax.Array:
         return jnp.sum(broken, dtype=jnp.int32)
@@ -382,8 +381,11 @@ def violations(table: PageTable, kept: jax.Array | bool = False) -> jax.Array:
         [
             count(references != table.ref_counts),
             count(times_free != ((references == 0) & jnp.logical_not(kept)).astype(jnp.int32)),
-            count(jnp.where(held, ~named & ~hosted, table.page_indices != P)),
-            count(repeated),
-            count(too_long) + count(out_of_range) + count(num_hosted != table.num_hosted),
+            count(jnp.where(held, ~named, table.page_indices != null)),
+            count(repeated) + count(times_placed != 1),
+            count(too_long)
+            + count(out_of_range)
+            + count(host_out_of_range)
+            + count(num_hosted != table.num_hosted),
         ]
     )

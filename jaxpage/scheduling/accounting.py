@@ -33,7 +33,8 @@ class StepRecord(NamedTuple):
     num_paused: jax.Array  # sequences with pages on the host
     held_pages: jax.Array  # of the pool, in use
     named_pages: jax.Array  # the same if what several sequences hold counts for each
-    host_pages: jax.Array  # in use
+    host_pages: jax.Array  # of the host, that sequences hold
+    host_cached: jax.Array  # pages of the host that none holds, kept for those that begin alike
     moved_out: jax.Array  # pages
     moved_in: jax.Array  # pages
     token_states: jax.Array
@@ -66,7 +67,8 @@ def record_step(state: SchedulerState, plan: Plan) -> StepRecord:
         num_paused=jnp.sum(table.num_hosted > 0, dtype=jnp.int32),
         held_pages=table.num_pages - table.num_free - table.num_cached,
         named_pages=jnp.sum(table.held_pages - table.num_hosted),
-        host_pages=state.tier.num_pages - state.tier.num_free,
+        host_pages=table.num_host_held,
+        host_cached=table.num_host_cached,
         moved_out=plan.moves_out.count,
         moved_in=plan.moves_in.count,
         **waste,

@@ -59,7 +59,8 @@ def admit(
         admitted = found.status == status.OK
         batch = _seat(batch.replace(table=table), candidate, found, admitted, config.num_pages)
         count = _first_count(batch, candidate.request, found.num_tokens, config)
-        count = jnp.where(admitted & ~candidate.follows, count, 0)
+        waits = candidate.follows | (table.num_hosted[candidate.row] > 0)
+        count = jnp.where(admitted & ~waits, count, 0)
         counts = jnp.zeros_like(batch.counts).at[candidate.row].set(count)
         batch = take_pages(batch, counts, config, allocator)
         following = _head_of_line(batch, ranks, config)

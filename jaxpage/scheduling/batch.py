@@ -1,42 +1,15 @@
 """A step in the making: who runs, with what pages, and how many tokens each brings."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 
 from jaxpage.config import EngineConfig
 from jaxpage.paging.allocator import Allocator, Table
+from jaxpage.paging.copies import Copies
 from jaxpage.paging.page_table import num_pages_for
 from jaxpage.scheduling.state import Requests
-
-
-class Copies(NamedTuple):
-    """Pages to copy, `sources[i]` to `targets[i]` for `i < count`, one after the other.
-
-    The order matters: a page may be copied, leave the cache, and be the target of a later copy.
-    """
-
-    sources: jax.Array  # i32[B], pages
-    targets: jax.Array  # i32[B], pages
-    count: jax.Array  # i32[]
-
-    @staticmethod
-    def none(num_slots: int, num_pages: int) -> "Copies":
-        nothing = jnp.full((num_slots,), num_pages, jnp.int32)
-        return Copies(nothing, nothing, jnp.asarray(0, jnp.int32))
-
-    def then(self, sources: jax.Array, targets: jax.Array, num_pages: int) -> "Copies":
-        """With the pairs of `i32[n]` that are pages, in their order, at the end."""
-        is_copy = targets < num_pages
-        place = self.count + jnp.cumsum(is_copy.astype(jnp.int32)) - 1
-        place = jnp.where(is_copy, place, self.targets.shape[0])
-        return Copies(
-            self.sources.at[place].set(sources, mode="drop"),
-            self.targets.at[place].set(targets, mode="drop"),
-            self.count + jnp.sum(is_copy, dtype=jnp.int32),
-        )
 
 
 class Batch(struct.PyTreeNode):
@@ -82,7 +55,10 @@ def pages_soon(known: jax.Array, final: jax.Array, config: EngineConfig) -> jax.
 
 
 def owed_pages(batch: Batch, rows: jax.Array, config: EngineConfig) -> jax.Array:
-    """Pages that `rows: bool[B]` still need for what they know, and for the headroom: `i32[]`."""
+    """Pages that `rows: bool[B]` still need for what they know, and for the headroom: `i32[]`.
+
+    Those of theirs that are on the host count, once each.
+    """
     requests, table = batch.requests, batch.table
 
     def of_rows(values: jax.Array) -> jax.Array:
@@ -93,7 +69,22 @@ def owed_pages(batch: Batch, rows: jax.Array, config: EngineConfig) -> jax.Array
     to_copy = ~table.is_first_holder & (table.lengths % config.page_size != 0)
     soon = pages_soon(of_rows(requests.num_tokens), of_rows(requests.final_lens), config)
     owed = soon - table.held_pages - will_share + to_copy.astype(jnp.int32)
-    return jnp.sum(jnp.where(rows, owed, 0))
+    return jnp.sum(jnp.where(rows, owed, 0)) + pages_on_host(table, rows, config)
+
+
+def pages_on_host(table: Table, rows: jax.Array, config: EngineConfig) -> jax.Array:
+    """Pages of `rows: bool[B]` that are on the host, `i32[]`; what several hold counts once."""
+    nothing = jnp.asarray(0, jnp.int32)
+    if config.host_pages == 0:
+        return nothing
+
+    def count():
+        entries = jnp.where(rows[:, None], table.page_indices, table.null)
+        entries = jnp.where(table.tier.is_hosted(entries), entries, table.null)
+        is_named = jnp.zeros((table.null,), jnp.bool_).at[entries].set(True, mode="drop")
+        return jnp.sum(is_named, dtype=jnp.int32)
+
+    return lax.cond(jnp.any(rows & (table.num_hosted > 0)), count, lambda: nothing)
 
 
 def own_pace(requests: Requests) -> jax.Array:

@@ -18,10 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpage.config import EngineConfig
-from jaxpage.paging import tiers
 from jaxpage.paging.allocator import Allocator, Table
-from jaxpage.paging.tiers import HostTier, TierOps
-from jaxpage.scheduling.batch import Batch, Copies, owed_pages
+from jaxpage.paging.tiers import TierOps
+from jaxpage.scheduling.batch import Batch, owed_pages, pages_on_host
 from jaxpage.scheduling.state import PREEMPTED, SchedulerState
 
 
@@ -29,12 +28,11 @@ class Way(NamedTuple):
     """What `make_way` decided."""
 
     counts: jax.Array  # i32[B], tokens of the rows that go on
-    moves: Copies  # from pages of the pool to pages of the host
     is_short: jax.Array  # bool[], some had to make way
     num_preempted: jax.Array  # i32[], sequences that lost pages
 
 
-def with_siblings(rows: jax.Array, state: SchedulerState) -> jax.Array:
+def with_siblings(rows: jax.Array, state: SchedulerState | Batch) -> jax.Array:
     """`rows: bool[B]`, and all that run for the same requests."""
     groups = state.requests.groups
     group = groups.at[state.slots].get(mode="fill", fill_value=groups.shape[0])
@@ -43,7 +41,7 @@ def with_siblings(rows: jax.Array, state: SchedulerState) -> jax.Array:
     return chosen.at[group].get(mode="fill", fill_value=False)
 
 
-def paused(state: SchedulerState, config: EngineConfig) -> jax.Array:
+def paused(state: SchedulerState | Batch, config: EngineConfig) -> jax.Array:
     """Rows that wait for pages of theirs, or of their request, to come back: `bool[B]`."""
     if config.host_pages == 0:
         return jnp.zeros(state.slots.shape, jnp.bool_)
@@ -59,163 +57,150 @@ def make_way(
 ) -> tuple[SchedulerState, Way]:
     """Lets the first rows in `order` append `counts: i32[B]`, maybe at the cost of the last."""
     victims = with_siblings(state.running & ~allocator.fitting(state.table, order, counts), state)
-    moves, before = Copies.none(config.moves_at_most, config.host_pages), state.table.num_hosted
-    lost = victims
+    before, lost = state.table.num_hosted, victims
     if config.host_pages > 0:
         # If all are paused, the first needs its pages back, if need be from the others.
         waits = paused(state, config)
         first = with_siblings(_first(waits, order), state)
         all_wait = jnp.any(waits) & ~jnp.any(state.running & ~waits)
-        wanted_back = lax.cond(
-            all_wait,
-            lambda: _num_hosted(state, first, config),
-            lambda: jnp.asarray(0, jnp.int32),
-        )
-        victims |= state.running & ~first & (wanted_back > _available(state.table))
+        back = jnp.where(all_wait, pages_on_host(state.table, first, config), 0)
+        victims |= state.running & ~first & (back > _available(state.table))
         counts = jnp.where(victims, 0, counts)
-        table, tier, moves, counts, fails = lax.cond(
-            jnp.any(victims),
-            lambda: _take(state, order, victims, counts, wanted_back, moves, config, allocator),
-            lambda: (state.table, state.tier, moves, counts, jnp.asarray(False)),
-        )
-        state = state.replace(table=table, tier=tier)
-        lost = victims & fails
+        if config.preemption != "recompute":
+            table, counts, fails = lax.cond(
+                jnp.any(victims),
+                lambda: _move_out(state, order, victims, counts, back, config, allocator),
+                lambda: (state.table, counts, jnp.asarray(False)),
+            )
+            state = state.replace(table=table)
+            lost = victims & fails
     made_way = lost | ((state.table.num_hosted > 0) & (before == 0))
     sequences = jnp.where(made_way, state.slots, state.requests.phases.shape[0])
     num_preemptions = state.requests.num_preemptions.at[sequences].add(1, mode="drop")
     state = state.replace(requests=state.requests.replace(num_preemptions=num_preemptions))
     way = Way(
         counts=jnp.where(victims, 0, counts),
-        moves=moves,
         is_short=jnp.any(victims),
         num_preempted=jnp.sum(made_way, dtype=jnp.int32),
     )
-    return _compute_again(state, lost, config, allocator), way
+    return _compute_again(state, lost, allocator), way
 
 
 def bring_back(
-    state: SchedulerState,
-    batch: Batch,
-    order: jax.Array,
-    may_move: jax.Array,
-    config: EngineConfig,
-    allocator: Allocator,
-) -> tuple[Table, HostTier, Copies]:
-    """Moves pages of the first paused request back, if all of them find room beside the others.
+    batch: Batch, order: jax.Array, may_move: jax.Array, config: EngineConfig, allocator: Allocator
+) -> Batch:
+    """Moves pages of paused requests back, in order, of each if all find room beside the others.
 
     Nobody computes with them before the next step, so they may arrive while this one runs.
     """
-    back = Copies.none(config.moves_at_most, config.num_pages)
     if config.host_pages == 0:
-        return batch.table, state.tier, back
+        return batch
     ops = _tier_of(allocator)
-    waits = paused(state, config)
-    first = with_siblings(_first(waits, order), state)
 
-    def move_back():
-        others = state.running & ~waits
-        hosted = _num_hosted(state, first, config)
-        soon = hosted + owed_pages(batch, others | first, config)
-        rooms = soon <= _available(batch.table)
+    def next_first(batch: Batch, left: jax.Array):
+        """The next request to bring back, and how many of its pages."""
+        waits = paused(batch, config)
+        running = batch.slots < batch.requests.phases.shape[0]
+        first, others = with_siblings(_first(waits, order), batch), running & ~waits
+        hosted = pages_on_host(batch.table, first, config)
+        rooms = owed_pages(batch, others | first, config) <= _available(batch.table)
         rooms |= ~jnp.any(others) & (hosted <= _available(batch.table))
+        return first, jnp.where(rooms & jnp.any(waits), jnp.minimum(hosted, left), 0)
 
-        def is_left(carry):
-            table, _, back = carry
-            return jnp.any(first & (table.num_hosted > 0)) & (back.count < limit)
+    def bring_next(carry):
+        batch, left, (first, count) = carry
+        count = jnp.minimum(count, batch.table.num_free)
 
-        def move_one(carry):
-            table, tier, back = carry
+        def move_one(_, table):
             row = jnp.argmax(first & (table.num_hosted > 0)).astype(jnp.int32)
-            column = jnp.argmax(table.page_indices[row] > config.num_pages).astype(jnp.int32)
-            table, tier, moved = ops.move_in(table, tier, row, column)
-            return table, tier, back.then(moved.host_page, moved.page, config.num_pages)
+            column = jnp.argmax(table.tier.is_hosted(table.page_indices[row])).astype(jnp.int32)
+            return ops.move_in(table, row, column)
 
-        limit = jnp.where(rooms, config.moves_at_most, 0)
-        return lax.while_loop(is_left, move_one, (batch.table, state.tier, back))
+        batch = batch.replace(table=lax.fori_loop(0, count, move_one, batch.table))
+        # Who does not get all that it may have ends the line: nobody overtakes.
+        left = jnp.where(count < carry[2][1], 0, left - count)
+        return batch, left, next_first(batch, left)
 
-    return lax.cond(may_move & jnp.any(waits), move_back, lambda: (batch.table, state.tier, back))
+    def bring_all():
+        left = jnp.asarray(config.moves_at_most, jnp.int32)
+        first, count = next_first(batch, left)
+        # Cached pages leave for all of them before any page is back: see `HostTier`.
+        hosted = pages_on_host(batch.table, batch.table.num_hosted > 0, config)
+        room = jnp.where(count > 0, jnp.minimum(hosted, left), 0)
+        ready = batch.replace(table=ops.make_room(batch.table, room))
+        start = (ready, left, (first, count))
+        return lax.while_loop(lambda carry: carry[2][1] > 0, bring_next, start)[0]
+
+    waits = jnp.any(batch.table.num_hosted > 0)
+    return lax.cond(may_move & waits, bring_all, lambda: batch)
 
 
-def _take(
+def _move_out(
     state: SchedulerState,
     order: jax.Array,
     victims: jax.Array,
     counts: jax.Array,
-    wanted_back: jax.Array,
-    moves: Copies,
+    back: jax.Array,
     config: EngineConfig,
     allocator: Allocator,
-) -> tuple[Table, HostTier, Copies, jax.Array, jax.Array]:
+) -> tuple[Table, jax.Array, jax.Array]:
     """Moves pages of the victims to the host: the last victim's first, from its end.
 
-    Returns the counts of the rows that can go on, which the transfer budget may hold up, and
-    whether the host had no room.
+    `back` pages are needed beside those for `counts`. Returns the counts of the rows that can go
+    on, which the transfer budget may hold up, and whether the host had no room.
     """
     ops = _tier_of(allocator)
     # Cached pages would leave anyway, and could be what follows a victim's page in the index.
     table = ops.make_room(state.table, jnp.asarray(config.num_pages, jnp.int32))
     demand = ops.demand(table, counts)
-    need = jnp.sum(demand) + wanted_back - _available(table)
-    limit = jnp.minimum(need, config.moves_at_most) if config.preemption == "fine" else None
+    need = jnp.sum(demand) + back - _available(table)
+    limit = jnp.asarray(config.moves_at_most, jnp.int32)
+    if config.preemption == "fine":
+        limit = jnp.minimum(need, jnp.maximum(limit - table.tier.outs.count, 0))
     rank = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=jnp.int32))
 
-    def next_entry(table: Table, tier: HostTier):
+    def next_entry(table: Table):
         entries = ops.movable(table, victims)
         has_any = jnp.any(entries, axis=1)
         row = jnp.argmax(jnp.where(has_any, rank, -1)).astype(jnp.int32)
         column = jnp.max(jnp.where(entries[row], jnp.arange(entries.shape[1]), 0))
-        return row, column.astype(jnp.int32), jnp.any(has_any) & (tier.num_free > 0)
+        has_room = table.tier.num_free + table.num_host_cached > 0
+        return row, column.astype(jnp.int32), jnp.any(has_any) & has_room
 
     def is_left(carry):
-        _, _, moves, (_, _, is_there) = carry
-        return is_there if limit is None else is_there & (moves.count < limit)
+        _, num_moved, (_, _, is_there) = carry
+        return is_there & (num_moved < limit)
 
-    def take_one(carry):
-        table, tier, moves, (row, column, _) = carry
-        table, tier, moved = ops.move_out(table, tier, row, column)
-        moves = moves.then(moved.page, moved.host_page, config.host_pages)
-        return table, tier, moves, next_entry(table, tier)
+    def move_one(carry):
+        table, num_moved, (row, column, _) = carry
+        table = ops.move_out(table, row, column)
+        return table, num_moved + 1, next_entry(table)
 
-    start = (table, state.tier, moves, next_entry(table, state.tier))
-    table, tier, moves, _ = lax.while_loop(is_left, take_one, start)
+    start = (table, jnp.asarray(0, jnp.int32), next_entry(table))
+    table, num_moved, _ = lax.while_loop(is_left, move_one, start)
 
-    fails = (moves.count < need) & (moves.count < config.moves_at_most)
+    fails = num_moved < jnp.minimum(need, limit)
     stalls = jnp.zeros_like(demand, jnp.bool_)
     stalls = stalls.at[order].set(jnp.cumsum(demand[order]) > _available(table))
     counts = jnp.where(with_siblings(stalls & ~fails, state), 0, counts)
-    return table, tier, moves, counts, fails
+    return table, counts, fails
 
 
-def _compute_again(
-    state: SchedulerState, rows: jax.Array, config: EngineConfig, allocator: Allocator
-) -> SchedulerState:
+def _compute_again(state: SchedulerState, rows: jax.Array, allocator: Allocator) -> SchedulerState:
     """Takes all pages of `rows: bool[B]` and puts them back in line."""
     requests, nobody = state.requests, state.requests.phases.shape[0]
     sequences = jnp.where(rows, state.slots, nobody)
     requests = requests.replace(phases=requests.phases.at[sequences].set(PREEMPTED, mode="drop"))
-    table, tier = allocator.release(state.table, rows), state.tier
-    if config.host_pages > 0:
-        tier = lax.cond(
-            jnp.any(rows),
-            lambda: tiers.recount(tier, table.page_indices, config.num_pages),
-            lambda: tier,
-        )
     return state.replace(
-        requests=requests, table=table, tier=tier, slots=jnp.where(rows, nobody, state.slots)
+        requests=requests,
+        table=allocator.release(state.table, rows),
+        slots=jnp.where(rows, nobody, state.slots),
     )
 
 
 def _available(table: Table) -> jax.Array:
     """Pages that can be had at once, `i32[]`."""
     return table.num_free + table.num_cached
-
-
-def _num_hosted(state: SchedulerState, rows: jax.Array, config: EngineConfig) -> jax.Array:
-    """Pages of `rows: bool[B]` that are on the host, `i32[]`; what several hold counts once."""
-    host_pages = state.table.page_indices - config.num_pages - 1
-    host_pages = jnp.where(rows[:, None] & (host_pages >= 0), host_pages, config.host_pages)
-    is_named = jnp.zeros((config.host_pages,), jnp.bool_).at[host_pages].set(True, mode="drop")
-    return jnp.sum(is_named, dtype=jnp.int32)
 
 
 def _first(rows: jax.Array, order: jax.Array) -> jax.Array:

@@ -12,9 +12,7 @@ import numpy as np
 from flax import struct
 
 from jaxpage.config import EngineConfig, require
-from jaxpage.paging import tiers
 from jaxpage.paging.allocator import Allocator, Table
-from jaxpage.paging.tiers import HostTier
 
 # Phases of a request.
 FREE, WAITING, PREEMPTED, RUNNING, DONE, HELD = range(6)  # HELD: what a beam search keeps
@@ -86,7 +84,6 @@ class SchedulerState(struct.PyTreeNode):
 
     requests: Requests
     table: Table
-    tier: HostTier
     slots: jax.Array  # i32[B], the request that runs there; R for none
     step: jax.Array  # i32[], steps committed
 
@@ -115,8 +112,13 @@ def create(config: EngineConfig, allocator: Allocator) -> SchedulerState:
     )
     require(
         config.host_pages == 0 or allocator.tier is not None,
-        f"preemption={config.preemption!r}: pages move one by one, and allocator={allocator.name} "
-        "has none that could: take paged, or recompute",
+        f"host_pages={config.host_pages}: pages move one by one, and allocator={allocator.name} "
+        "has none that could: take paged, or no pages on the host",
+    )
+    require(
+        config.host_pages == 0 or config.preemption != "recompute" or allocator.caches,
+        f"host_pages={config.host_pages} with preemption='recompute': without a prefix cache none "
+        "would go there: take the cache, or another mode",
     )
     R, N = config.num_requests, config.max_seq_len
 
@@ -161,7 +163,6 @@ def create(config: EngineConfig, allocator: Allocator) -> SchedulerState:
     return SchedulerState(
         requests=requests,
         table=allocator.create(config),
-        tier=tiers.create(config.host_pages),
         slots=jnp.full((config.num_slots,), R, jnp.int32),
         step=jnp.asarray(0, jnp.int32),
     )

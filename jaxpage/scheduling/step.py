@@ -13,11 +13,11 @@ from flax import struct
 
 from jaxpage.config import EngineConfig
 from jaxpage.paging.allocator import Allocator
+from jaxpage.paging.copies import Copies
 from jaxpage.scheduling import beams
 from jaxpage.scheduling.admission import admit, share_prompts
 from jaxpage.scheduling.batch import (
     Batch,
-    Copies,
     followers,
     of_slots,
     own_pace,
@@ -44,8 +44,8 @@ class Plan(struct.PyTreeNode):
 
     `lengths` includes them, and `page_indices` holds their pages. Where `samples`, the sequence's
     next token is chosen from the state of the last of them; or from that of slot `states[b]`, which
-    computed the prompt for both. Before anything is written pages move out and in, and then the
-    `copies` are made, each in their order.
+    computed the prompt for both. Before anything is written, `moves_out` are made, then `copies`,
+    then `moves_in`, each in their order. All pages are places in the pool, or on the host.
     """
 
     requests: jax.Array  # i32[B]; R for an empty slot
@@ -53,7 +53,7 @@ class Plan(struct.PyTreeNode):
     samples: jax.Array  # bool[B]
     states: jax.Array  # i32[B], slots
     lengths: jax.Array  # i32[B], tokens
-    page_indices: jax.Array  # i32[B, M]
+    page_indices: jax.Array  # i32[B, M]; P for none, and on the host
     copies: Copies
     moves_out: Copies  # from pages to pages of the host
     moves_in: Copies  # from pages of the host to pages
@@ -104,13 +104,15 @@ def plan_step(
         num_found=jnp.asarray(0, jnp.int32),
     )
     batch = take_pages(batch, way.counts, config, allocator)
-    table, tier, back = bring_back(state, batch, order, ~way.is_short, config, allocator)
-    batch = batch.replace(table=table)
     batch = admit(batch, ranks, ~way.is_short & none_waits, config, allocator)
     batch, states = share_prompts(batch, allocator)
+    batch = bring_back(batch, order, ~way.is_short, config, allocator)
     table, slots = batch.table, batch.slots
+    moves_out = moves_in = Copies.none(0, config.num_pages)
+    if config.host_pages > 0 and allocator.tier is not None:
+        table, moves_out, moves_in = allocator.tier.take_moves(table)
     requests, num_recomputed = _computed(batch)
-    state = state.replace(requests=requests, table=table, tier=tier, slots=slots)
+    state = state.replace(requests=requests, table=table, slots=slots)
     known = of_slots(state.requests.num_tokens, slots)
     plan = Plan(
         requests=slots,
@@ -118,10 +120,10 @@ def plan_step(
         samples=(batch.counts[states] > 0) & (table.lengths == known),
         states=states,
         lengths=table.lengths,
-        page_indices=table.page_indices,
+        page_indices=table.in_pool,
         copies=batch.copies,
-        moves_out=way.moves,
-        moves_in=back,
+        moves_out=moves_out,
+        moves_in=moves_in,
         num_found=batch.num_found,
         num_preempted=way.num_preempted,
         num_recomputed=num_recomputed,

@@ -1,0 +1,242 @@
+"""The prefix cache's state, and how cached pages wake, queue, and leave the pool and the host."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from jaxpage.paging import eviction, host_tier, page_table, prefix_index
+from jaxpage.paging.eviction import EvictionQueue, ScoreFn
+from jaxpage.paging.host_tier import HostTier
+from jaxpage.paging.in_place import first_read
+from jaxpage.paging.page_table import PageTable
+from jaxpage.paging.prefix_index import PrefixIndex
+
+
+class PrefixCache(struct.PyTreeNode):
+    """A page table, the index over its pages, and the queues of those that may leave it.
+
+    The first `num_indexed[b]` pages of row `b` are in the index, each the parent of the next; so
+    whoever holds a page holds all before it, and the cached pages below a cached one are cached.
+    Pages leave the pool, and then the host, from the end of a chain: before a page of the pool
+    all are in the pool.
+    """
+
+    table: PageTable
+    index: PrefixIndex
+    queue: EvictionQueue  # cached pages of the pool that no page of the pool follows
+    host_queue: EvictionQueue  # cached pages of the host that no page follows
+    num_cached: jax.Array  # i32[], pages of the pool in the index that nobody holds
+    num_host_cached: jax.Array  # i32[], the same of the host
+    hosted_children: jax.Array  # i32[P + H], pages of the host that name it as parent
+    num_indexed: jax.Array  # i32[B], pages
+    twins: jax.Array  # i32[B], the page that equals the row's next one to be entered, or NULL_PAGE
+    step: jax.Array  # i32[], the clock of the policies
+
+    @property
+    def page_indices(self) -> jax.Array:
+        return self.table.page_indices
+
+    @property
+    def lengths(self) -> jax.Array:
+        return self.table.lengths
+
+    @property
+    def num_free(self) -> jax.Array:
+        """Pages on the stack, `i32[]`."""
+        return self.table.num_free
+
+    @property
+    def num_pages(self) -> int:
+        return self.table.num_pages
+
+    @property
+    def null(self) -> int:
+        return self.table.null
+
+    @property
+    def tier(self) -> HostTier:
+        return self.table.tier
+
+    @property
+    def in_pool(self) -> jax.Array:
+        return self.table.in_pool
+
+    @property
+    def page_size(self) -> int:
+        return self.table.page_size
+
+    @property
+    def num_hosted(self) -> jax.Array:
+        return self.table.num_hosted
+
+    @property
+    def num_host_held(self) -> jax.Array:
+        return self.table.num_host_held - self.num_host_cached
+
+    @property
+    def held_pages(self) -> jax.Array:
+        return self.table.held_pages
+
+    @property
+    def reserved_tokens(self) -> jax.Array:
+        return self.table.reserved_tokens
+
+    @property
+    def is_first_holder(self) -> jax.Array:
+        return self.table.is_first_holder
+
+    @property
+    def is_cached(self) -> jax.Array:
+        """Pages that nobody holds and the index does, `bool[P + H]`."""
+        pages = jnp.arange(self.null, dtype=jnp.int32)
+        return (self.table.ref_counts == 0) & self.index.holds(pages)
+
+    @property
+    def is_shared(self) -> jax.Array:
+        return self.table.is_shared
+
+
+def take(cache: PrefixCache, pages: jax.Array) -> PrefixCache:
+    """Adds a reference to each of `pages: i32[n]`, a chain of the index; `P + H` is none."""
+    null = cache.null
+    owners, pages = first_read(at(cache.table.ref_counts, pages, fill=1), pages)
+    wakes, hosted = owners == 0, cache.tier.is_hosted(pages)
+    index = cache.index
+    # Only the last of a chain in each tier can be a leaf, and be queued.
+    cache = unqueue(cache, last_of(pages, wakes & ~hosted, null))
+    if cache.tier.num_pages > 0:
+        cache = unqueue(cache, last_of(pages, wakes & hosted, null))
+    return cache.replace(
+        table=cache.table.replace(ref_counts=cache.table.ref_counts.at[pages].add(1, mode="drop")),
+        index=index.replace(
+            last_used=index.last_used.at[pages].set(cache.step, mode="drop"),
+            num_uses=index.num_uses.at[pages].add(1, mode="drop"),
+        ),
+        num_cached=cache.num_cached - jnp.sum(wakes & ~hosted, dtype=jnp.int32),
+        num_host_cached=cache.num_host_cached - jnp.sum(wakes & hosted, dtype=jnp.int32),
+    )
+
+
+def make_room(cache: PrefixCache, num_pages: jax.Array, score: ScoreFn) -> PrefixCache:
+    """Takes cached pages out of the pool until `num_pages` are free, or none is cached.
+
+    They go to the host while this step's budget lasts, and are lost if not. One that pages of the
+    host follow has to go there.
+    """
+
+    def is_short(cache):
+        return (cache.num_free < num_pages) & (cache.num_cached > 0)
+
+    def leave(cache):
+        """One page leaves the pool; or the host, so that the next one finds room there."""
+        page, tier = eviction.first(cache.queue), cache.tier
+        if tier.num_pages == 0:
+            return evict(cache, page, score)
+        # Nobody holds what follows a cached page: if any is on the host, one can be evicted there.
+        has_room = tier.num_free + cache.num_host_cached > 0
+        goes = (tier.outs.count < tier.budget) | (cache.hosted_children[page] > 0)
+        goes &= has_room
+        is_full = goes & (tier.num_free == 0)
+        return lax.cond(
+            goes & ~is_full,
+            lambda cache: enqueue_leaf(move_out(cache, page, score), page, score),
+            lambda cache: evict(
+                cache, jnp.where(is_full, eviction.first(cache.host_queue), page), score
+            ),
+            cache,
+        )
+
+    return lax.while_loop(is_short, leave, cache)
+
+
+def make_host_room(cache: PrefixCache, score: ScoreFn) -> PrefixCache:
+    """Evicts a cached page of the host if none is free there."""
+    return lax.cond(
+        cache.tier.num_free == 0,
+        lambda cache: evict(cache, eviction.first(cache.host_queue), score),
+        lambda cache: cache,
+        cache,
+    )
+
+
+def move_out(cache: PrefixCache, page: jax.Array, score: ScoreFn) -> PrefixCache:
+    """Moves a page of the pool, which none of the pool follows, to the host, where one is free.
+
+    It stays in the index if it is there. Rows that hold it are not told.
+    """
+    cache = unqueue(cache, page)
+    is_cached = (at(cache.table.ref_counts, page) == 0).astype(jnp.int32)
+    parent = cache.index.parents[page]  # no page, if the index does not have it
+    tier, spare = host_tier.leave(cache.tier, page)
+    cache = cache.replace(
+        table=page_table.free(cache.table.replace(tier=tier), spare[None]),
+        num_cached=cache.num_cached - is_cached,
+        num_host_cached=cache.num_host_cached + is_cached,
+        hosted_children=cache.hosted_children.at[parent].add(1, mode="drop"),
+        twins=jnp.where(cache.twins == page, cache.null, cache.twins),
+    )
+    return enqueue_leaf(cache, parent, score)
+
+
+def evict(cache: PrefixCache, page: jax.Array, score: ScoreFn) -> PrefixCache:
+    """Takes a cached page that no page follows out of the index, and frees it."""
+    hosted = cache.tier.is_hosted(page).astype(jnp.int32)
+    cache = unqueue(cache, page)
+    index, parent = prefix_index.drop(cache.index, page)
+    cache = cache.replace(
+        table=page_table.free(cache.table, page[None]),
+        index=index,
+        num_cached=cache.num_cached - (1 - hosted),
+        num_host_cached=cache.num_host_cached - hosted,
+        hosted_children=cache.hosted_children.at[parent].add(-hosted, mode="drop"),
+        twins=jnp.where(cache.twins == page, cache.null, cache.twins),
+    )
+    return enqueue_leaf(cache, parent, score)
+
+
+def enqueue_leaf(cache: PrefixCache, page: jax.Array, score: ScoreFn) -> PrefixCache:
+    """Queues `page: i32[]` if it is a page, cached, and no page of its tier follows it."""
+    index, hosted = cache.index, cache.tier.is_hosted(page)
+    followers = at(index.num_children, page)
+    if cache.tier.num_pages > 0:
+        # Of the pool, those on the host do not count; and before the pool nothing is on the host.
+        followers -= jnp.where(hosted, 0, at(cache.hosted_children, page))
+    is_leaf = (page < cache.null) & (followers == 0)
+    owners, cache = first_read(at(cache.table.ref_counts, page, fill=1), cache)
+    is_leaf &= owners == 0
+    usage = index.usage(jnp.where(is_leaf, page, 0))
+    leaf = jnp.where(is_leaf, page, eviction.NEVER)
+
+    def put(queue: EvictionQueue, leaf: jax.Array) -> EvictionQueue:
+        return eviction.put(queue, leaf, score(usage), usage.last_used)
+
+    if cache.tier.num_pages == 0:
+        return cache.replace(queue=put(cache.queue, leaf))
+    return cache.replace(
+        queue=put(cache.queue, jnp.where(hosted, eviction.NEVER, leaf)),
+        host_queue=put(cache.host_queue, jnp.where(hosted, leaf, eviction.NEVER)),
+    )
+
+
+def unqueue(cache: PrefixCache, page: jax.Array) -> PrefixCache:
+    """Takes `page: i32[]`, which may be none, out of the queue of its tier, if it is in."""
+    page = jnp.where(page < cache.null, page, eviction.NEVER)
+    if cache.tier.num_pages == 0:
+        return cache.replace(queue=eviction.remove(cache.queue, page))
+    hosted = cache.tier.is_hosted(page)
+    return cache.replace(
+        queue=eviction.remove(cache.queue, jnp.where(hosted, eviction.NEVER, page)),
+        host_queue=eviction.remove(cache.host_queue, jnp.where(hosted, page, eviction.NEVER)),
+    )
+
+
+def last_of(pages: jax.Array, chosen: jax.Array, null: int) -> jax.Array:
+    """The last of `pages: i32[n]` that are `chosen: bool[n]`, `null` if none is; `i32[]`."""
+    place = jnp.max(jnp.where(chosen, jnp.arange(pages.shape[0], dtype=jnp.int32), -1))
+    return jnp.where(place >= 0, pages[jnp.maximum(place, 0)], null)
+
+
+def at(values: jax.Array, index: jax.Array, fill: int = 0) -> jax.Array:
+    """`values[index]`, and `fill` outside."""
+    return values.at[index].get(mode="fill", fill_value=fill)

@@ -1,0 +1,103 @@
+"""Where pages are: in the pool of the device, or on the host, under numbers that never change.
+
+A page is a number from 0 to `P + H - 1`. Of these, `P` are always in the pool and `H` on the
+host; a page moves by trading places with a free one of the other side. So whatever names a page
+(rows, the page after it in the prefix index) goes on naming it wherever it is, and only the plan
+that an executor reads speaks of places.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxpage.paging.copies import Copies
+from jaxpage.paging.in_place import first_read
+
+
+class HostTier(struct.PyTreeNode):
+    """The place of each page, the stack of free pages on the host, and the moves of this step.
+
+    Page `p` is page `places[p]` of the pool if that is less than `P`, and page `places[p] - P` of
+    the host if not. An executor carries out `outs` first and `ins` last, so in a step no page
+    leaves the pool after one has come back.
+    """
+
+    places: jax.Array  # i32[P + H], a permutation
+    free_pages: jax.Array  # i32[H], of which the first `num_free` are free; the top last
+    num_free: jax.Array  # i32[]
+    outs: Copies  # from pages of the pool to pages of the host
+    ins: Copies  # from pages of the host to pages of the pool
+    budget: int = struct.field(pytree_node=False)  # cached pages that may leave in a step
+
+    @property
+    def num_pages(self) -> int:
+        """Pages on the host, `H`."""
+        return self.free_pages.shape[0]
+
+    @property
+    def pool_pages(self) -> int:
+        """Pages in the pool, `P`."""
+        return self.places.shape[0] - self.num_pages
+
+    def is_hosted(self, pages: jax.Array) -> jax.Array:
+        """Which of `pages` are on the host; what is no page is not."""
+        if self.num_pages == 0:
+            return jnp.zeros(jnp.shape(pages), jnp.bool_)
+        return self.places.at[pages].get(mode="fill", fill_value=0) >= self.pool_pages
+
+    def in_pool(self, pages: jax.Array) -> jax.Array:
+        """The pages of the pool where `pages` are, `P` for what is no page or on the host."""
+        if self.num_pages == 0:
+            return pages
+        places = self.places.at[pages].get(mode="fill", fill_value=self.pool_pages)
+        return jnp.minimum(places, self.pool_pages)
+
+
+def create(pool_pages: int, host_pages: int, budget: int | None = None) -> HostTier:
+    """A tier of free pages beside a pool; page `p` is at first in place `p`."""
+    most_outs = pool_pages if host_pages > 0 else 0  # each page of the pool is left once a step
+    return HostTier(
+        places=jnp.arange(pool_pages + host_pages, dtype=jnp.int32),
+        free_pages=pool_pages + jnp.arange(host_pages - 1, -1, -1, dtype=jnp.int32),
+        num_free=jnp.asarray(host_pages, jnp.int32),
+        outs=Copies.none(most_outs, host_pages),
+        ins=Copies.none(min(pool_pages, host_pages), pool_pages),
+        budget=pool_pages if budget is None else budget,
+    )
+
+
+def leave(tier: HostTier, page: jax.Array) -> tuple[HostTier, jax.Array]:
+    """Moves `page` of the pool to the host, where one must be free; returns the page that it frees.
+
+    That one is in the pool now, and no longer on the stack here.
+    """
+    spare, tier = first_read(tier.free_pages[tier.num_free - 1], tier)
+    (source, target), tier = first_read((tier.places[page], tier.places[spare]), tier)
+    outs = tier.outs.then(source[None], (target - tier.pool_pages)[None], tier.num_pages)
+    places = tier.places.at[page].set(target).at[spare].set(source)
+    return tier.replace(places=places, num_free=tier.num_free - 1, outs=outs), spare
+
+
+def come_back(tier: HostTier, page: jax.Array, spare: jax.Array) -> HostTier:
+    """Moves `page` of the host to where `spare` is in the pool, which is a free page here then."""
+    (source, target), tier = first_read((tier.places[page], tier.places[spare]), tier)
+    ins = tier.ins.then((source - tier.pool_pages)[None], target[None], tier.pool_pages)
+    places = tier.places.at[page].set(target).at[spare].set(source)
+    return free(tier.replace(places=places, ins=ins), spare[None])
+
+
+def free(tier: HostTier, pages: jax.Array) -> HostTier:
+    """Puts `pages: i32[n]` on the stack, in their order; `P + H` is none."""
+    is_page = pages < tier.places.shape[0]
+    place = tier.num_free + jnp.cumsum(is_page.astype(jnp.int32)) - 1
+    place = jnp.where(is_page, place, tier.num_pages)
+    return tier.replace(
+        free_pages=tier.free_pages.at[place].set(pages, mode="drop"),
+        num_free=tier.num_free + jnp.sum(is_page, dtype=jnp.int32),
+    )
+
+
+def without_moves(tier: HostTier) -> HostTier:
+    """With all moves made."""
+    none = jnp.asarray(0, jnp.int32)
+    return tier.replace(outs=tier.outs._replace(count=none), ins=tier.ins._replace(count=none))
