@@ -10,9 +10,6 @@ One run after compilation; about a minute on two cores. The last line of stdout 
 from absl import flags
 
 from experiments import common
-from jaxpage.checkpoint.load import LoadedModel
-from jaxpage.config import require
-from jaxpage.engine.request import Request
 
 FLAGS = flags.FLAGS
 
@@ -21,9 +18,7 @@ def define_flags() -> None:
     common.define_model_flags()
     common.define_engine_flags(prefix_cache=False)
     flags.adopt_module_key_flags(common)
-    flags.DEFINE_string(
-        "workload", None, "A JSONL file of requests; by default 32 prompts from ShareGPT."
-    )
+    common.define_workload_flag("32 prompts from ShareGPT")
     flags.DEFINE_integer(
         "num_pages", None, "How many pages the pool has; by default enough for all slots."
     )
@@ -35,7 +30,7 @@ def define_flags() -> None:
 
 def main(_: list[str]) -> None:
     model = common.load_flagged_model()
-    requests = _read_workload(FLAGS.workload, model)
+    requests = common.workload_flagged() or common.bench_requests(model, 32, max_new_tokens=128)
     config = common.config_for(
         model, requests, num_pages=FLAGS.num_pages, pool_factor=FLAGS.pool_factor
     )
@@ -64,22 +59,6 @@ def main(_: list[str]) -> None:
             **common.provenance(),
         }
     )
-
-
-def _read_workload(path: str | None, model: LoadedModel) -> list[Request]:
-    if path is None:
-        return common.bench_requests(model, 32, max_new_tokens=128)
-    requests = []
-    for number, line in common.read_jsonl(path):
-        for name, kind in (("prompt_ids", list), ("max_new_tokens", int)):
-            require(
-                isinstance(line.get(name), kind),
-                f'{path}:{number}: "{name}" must be a {kind.__name__}, got {line.get(name)!r:.80}',
-            )
-        prompt_ids = tuple(line["prompt_ids"])
-        requests.append(Request(str(number), prompt_ids, line["max_new_tokens"], ignore_eos=True))
-    require(bool(requests), f"{path}: no requests in it")
-    return requests
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ the step: norms, rotary embedding, KV writes, packing.
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -20,8 +21,11 @@ from absl import flags
 from jax import lax
 
 from experiments import common
+from jaxpage.checkpoint.load import LoadedModel
+from jaxpage.config import require
 from jaxpage.engine import step
 from jaxpage.engine.host import Engine
+from jaxpage.engine.request import Request
 from jaxpage.model import llama, sampling
 from jaxpage.paging import kv_pool
 from jaxpage.scheduling.step import Outcome, commit_step, plan_step
@@ -35,12 +39,13 @@ def define_flags() -> None:
     common.define_model_flags()
     common.define_engine_flags(prefix_cache=False)
     flags.adopt_module_key_flags(common)
+    common.define_workload_flag("as many ShareGPT prompts as there are slots")
     flags.DEFINE_integer("rounds", 10, "How often to time each part.", lower_bound=1)
 
 
 def main(_: list[str]) -> None:
     model = common.load_flagged_model()
-    requests = common.bench_requests(model, FLAGS.num_slots, 2 * NEW_TOKENS)
+    requests = requests_for(model)
     config = common.config_for(model, requests)
     engine = common.build_engine(model, config)
     engine.compile()
@@ -50,6 +55,18 @@ def main(_: list[str]) -> None:
         engine.advance(8)
     parts = time_parts(build_parts(engine), FLAGS.rounds)
     common.print_last_line(report(parts) | common.provenance())
+
+
+def requests_for(model: LoadedModel) -> list[Request]:
+    """A request a slot, none of which ends while steps are timed."""
+    given = common.workload_flagged()
+    if given is None:
+        return common.bench_requests(model, FLAGS.num_slots, 2 * NEW_TOKENS)
+    require(
+        len(given) >= FLAGS.num_slots,
+        f"--workload has {len(given)} requests for --num_slots={FLAGS.num_slots}: give one a slot",
+    )
+    return [replace(r, max_new_tokens=2 * NEW_TOKENS) for r in given[: FLAGS.num_slots]]
 
 
 def num_generated(engine: Engine) -> int:

@@ -38,6 +38,7 @@ def define_flags() -> None:
     common.define_model_flags()
     common.define_engine_flags(num_slots=16, prefix_cache=False)
     flags.adopt_module_key_flags(common)
+    common.define_workload_flag("ShareGPT prompts with the lengths of their replies")
     flags.DEFINE_integer("requests", 32, "How many prompts to serve.", lower_bound=1)
     flags.DEFINE_integer("kv_bytes", 64 * 2**20, "How many bytes the pool may take.", lower_bound=1)
     flags.DEFINE_list("modes", list(PREEMPTION_MODES), "The modes to compare.")
@@ -50,13 +51,7 @@ def main(_: list[str]) -> None:
         require(mode in PREEMPTION_MODES, f"--modes: {mode!r} is none of {PREEMPTION_MODES}")
     with common.open_for_writing(FLAGS.out) as out:
         model = common.load_flagged_model()
-        items = serving_workload(
-            common.tokenizer_of(model), FLAGS.requests, MAX_PROMPT_TOKENS, MAX_OUTPUT_TOKENS
-        ).items
-        requests = [
-            Request(item.id, item.prompt_ids, item.max_new_tokens, ignore_eos=True)
-            for item in items
-        ]
+        requests = common.workload_flagged() or sharegpt_requests(model)
         params = serving_params(model.params, FLAGS.dtype)
         rows, outputs = {}, {}
         for mode in FLAGS.modes:
@@ -76,6 +71,14 @@ def main(_: list[str]) -> None:
             **common.provenance(),
         }
     )
+
+
+def sharegpt_requests(model: LoadedModel) -> list[Request]:
+    """`--requests` prompts, each with an output as long as the reply in the data."""
+    items = serving_workload(
+        common.tokenizer_of(model), FLAGS.requests, MAX_PROMPT_TOKENS, MAX_OUTPUT_TOKENS
+    ).items
+    return [Request(i.id, i.prompt_ids, i.max_new_tokens, ignore_eos=True) for i in items]
 
 
 def config_of(model: LoadedModel, requests: list[Request], mode: str) -> EngineConfig:

@@ -42,8 +42,8 @@ def define_model_flags() -> None:
     flags.DEFINE_string(
         "model",
         "smollm2-135m",
-        "The model to run: smollm2-135m (from the installed package), tiny (random weights), "
-        "a folder with a Hugging Face Llama, or a GGUF file.",
+        "The model to run: smollm2-135m (from the installed package), a folder with a Hugging Face "
+        "Llama, a GGUF file, or random: and one of our models' names, for its shapes alone.",
     )
     flags.DEFINE_enum(
         "dtype",
@@ -193,7 +193,10 @@ def load_flagged_model() -> LoadedModel:
 def tokenizer_of(model: LoadedModel) -> Tokenizer:
     """The model's tokenizer; one without is an error at once."""
     if model.tokenizer is None:
-        raise ConfigError(f"--model={FLAGS.model} has no tokenizer for prompts: take another")
+        raise ConfigError(
+            f"--model={FLAGS.model} has no tokenizer for prompts: take another, or give --workload "
+            "where there is that flag"
+        )
     return model.tokenizer
 
 
@@ -211,6 +214,34 @@ def bench_requests(model: LoadedModel, num_requests: int, max_new_tokens: int) -
     """The bench's workload: the first ShareGPT prompts, all with outputs of the same length."""
     items = bench_prompts(tokenizer_of(model), num_requests, max_new_tokens)
     return [Request(i.id, i.prompt_ids, i.max_new_tokens, ignore_eos=True) for i in items]
+
+
+def define_workload_flag(default: str) -> None:
+    """A file of requests, in place of those that `default` describes."""
+    flags.DEFINE_string(
+        "workload",
+        None,
+        'A JSONL file of requests, each {"prompt_ids", "max_new_tokens"}; needed where the model '
+        f"has no tokenizer, and by default {default}.",
+    )
+
+
+def workload_flagged() -> list[Request] | None:
+    """The requests of `--workload`, which all ignore EOS; None without the flag."""
+    path = FLAGS.workload
+    if path is None:
+        return None
+    requests = []
+    for number, line in read_jsonl(path):
+        for name, kind in (("prompt_ids", list), ("max_new_tokens", int)):
+            require(
+                isinstance(line.get(name), kind),
+                f'{path}:{number}: "{name}" must be a {kind.__name__}, got {line.get(name)!r:.80}',
+            )
+        prompt_ids = tuple(line["prompt_ids"])
+        requests.append(Request(str(number), prompt_ids, line["max_new_tokens"], ignore_eos=True))
+    require(bool(requests), f"{path}: no requests in it")
+    return requests
 
 
 def config_for(model: LoadedModel, requests: Sequence[Request], **capacities: Any) -> EngineConfig:

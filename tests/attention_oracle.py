@@ -8,7 +8,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
+# How tests run kernels for GPUs: None is on the card.
+INTERPRET = None if jax.default_backend() == "gpu" else plgpu.InterpretGPUParams(detect_races=True)
+needs_no_gpu = pytest.mark.skipif(INTERPRET is None, reason="there is a GPU")
 BAD_PAGES = np.array([-1, -(2**31), 2**31 - 1, 10**6, -7], np.int32)
 
 

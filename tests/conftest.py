@@ -1,11 +1,17 @@
-"""Every test runs strict: no implicit dtype or rank promotion, eight fake CPU devices."""
+"""Every test runs strict: no implicit dtype or rank promotion, eight fake CPU devices.
+
+With JAXPAGE_TEST_ON=gpu JAX runs on the card, and the kernels too, in place of the interpreter.
+"""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+if os.environ.get("JAXPAGE_TEST_ON") == "gpu":
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # workers share the card
+else:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
 import pytest

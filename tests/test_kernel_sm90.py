@@ -1,4 +1,4 @@
-"""The Hopper kernel against the reference, under the GPU interpreter that finds races.
+"""The Hopper kernel against the reference, under the interpreter that finds races, or on a card.
 
 The interpreter is thousands of times slower than a GPU: problems here are tiny, and all differ.
 Whether the kernel compiles for a card is another question.
@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_oracle import Problem, assert_close, make_problem
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from attention_oracle import INTERPRET, Problem, assert_close, make_problem, needs_no_gpu
 
 from pallas_kernels.paged_attention import kernel_sm90, paged_attention
 from pallas_kernels.paged_attention.config import Tile
@@ -19,7 +18,6 @@ from pallas_kernels.paged_attention.config import Tile
 S = 16
 TILE = Tile(block_tokens=64, stages=2, split_tokens=128)
 EDGES = (0, 1, S - 1, S, S + 1, 64, 65, 128, 129, 5 * 64 + 3)
-INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 
 run_reference = functools.partial(
     paged_attention, implementation="reference", return_residuals=True
@@ -197,6 +195,7 @@ def test_a_querys_bits_do_not_depend_on_the_step_that_computes_it():
     assert np.asarray(alone).tobytes() == np.asarray(out[31:]).tobytes()
 
 
+@needs_no_gpu
 def test_without_a_gpu_the_kernel_is_refused_by_name():
     problem = problem_of((5,))
     with pytest.raises(NotImplementedError, match=jax.default_backend()):

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_oracle import INTERPRET, needs_no_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.page_copy import conflicts, copy_pages, kernel_sm90
 
 P = 9
-kernel = functools.partial(kernel_sm90.copy, interpret=plgpu.InterpretGPUParams(detect_races=True))
+kernel = functools.partial(kernel_sm90.copy, interpret=INTERPRET)
 WAYS = {
     "reference": functools.partial(copy_pages, implementation="reference"),
     "xla": functools.partial(copy_pages, implementation="xla"),
@@ -111,6 +111,7 @@ def test_wrong_arguments_are_refused_with_their_values(change, message):
         copy_pages(**({"pages": pool(), "sources": sources, "targets": targets} | change))
 
 
+@needs_no_gpu
 def test_without_a_gpu_the_kernel_is_refused_by_name():
     with pytest.raises(NotImplementedError, match='use implementation="xla"'):
         copy_pages(pool(), *arrays([(0, 1)]), implementation="mosaic_gpu")

@@ -6,14 +6,13 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_oracle import Problem, assert_close, make_problem
+from attention_oracle import INTERPRET, Problem, assert_close, make_problem
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.paged_attention import kernel_sm80, kernel_sm90, paged_attention
 from pallas_kernels.paged_attention.config import Tile
 
 TILE = Tile(block_tokens=64, stages=2, split_tokens=128)
-INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 INT8, FLOAT8 = jnp.dtype("int8"), jnp.dtype("float8_e4m3fn")
 
 run_reference = functools.partial(

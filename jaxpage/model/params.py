@@ -6,6 +6,7 @@ axis that still shards: `qkv` groups, for every KV head, its `G` query heads, it
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,7 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: DTypeLike) -> Params
     specs, treedef = jax.tree.flatten(param_specs(config), is_leaf=is_spec)
     keys = jax.random.split(key, len(specs))
 
+    @partial(jax.jit, static_argnums=0)  # one by one, billions of numbers would stand thrice
     def leaf(spec: ParamSpec, key: jax.Array) -> jax.Array:
         if spec.fan_in is None:
             return jnp.ones(spec.shape, dtype)

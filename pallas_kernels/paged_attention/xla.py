@@ -108,7 +108,7 @@ def _decode(q, cache: Cache, lengths, options: Options) -> Softmax:
         at = first[row] // chunk + j
         k, v, key_position = _read_chunk(cache, chunk_pages, row, at, first[row], lengths[row])
         live = _visible(lengths[row][:, None] - 1, key_position, options)[:, None, None]
-        s = _scores(jnp.einsum("rkgd,rkcd->rkgc", q_rows, k), live, options)
+        s = _scores(_product("rkgd,rkcd->rkgc", q_rows, k), live, options)
         old = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, ROWS_PER_GROUP), state)
         new = _fold(old, s, v, "rkgc,rkcd->rkgd")
         write = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
@@ -174,7 +174,7 @@ def _attend_tile(q_tile, cache: Cache, row, position, first, end, options: Optio
         k, v, key_position = _read_chunk(cache, chunk_pages, *where)
         live = _visible(position[:, None], key_position, options)  # [TILE, C]
         live = jnp.repeat(live, group, axis=0)[None]
-        s = _scores(jnp.einsum("kqd,kcd->kqc", flat, k[0]), live, options)
+        s = _scores(_product("kqd,kcd->kqc", flat, k[0]), live, options)
         return _fold(state, s, v[0], "kqc,kcd->kqd")
 
     state = lax.fori_loop(first // chunk, -(-end // chunk), body, _start(flat.shape))
@@ -231,6 +231,10 @@ def _scores(products, live, options: Options):
     return jnp.where(live, products, -jnp.inf)
 
 
+def _product(subscripts: str, a, b):
+    return jnp.einsum(subscripts, a, b, precision="highest")  # a GPU would take tf32
+
+
 def _start(shape) -> Softmax:
     """The softmax over nothing for queries of `shape` [.., D]; a finite max keeps exp sane."""
     zeros = jnp.zeros(shape[:-1], jnp.float32)
@@ -244,5 +248,5 @@ def _fold(state: Softmax, s, v, subscripts: str) -> Softmax:
     top = jnp.maximum(state.max, s.max(axis=-1))
     p = jnp.exp(s - top[..., None])
     decay = jnp.exp(state.max - top)
-    out = state.out * decay[..., None] + jnp.einsum(subscripts, p, v)
+    out = state.out * decay[..., None] + _product(subscripts, p, v)
     return lax.optimization_barrier(Softmax(top, state.sum * decay + p.sum(axis=-1), out))
