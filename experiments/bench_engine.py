@@ -25,7 +25,9 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "pool_factor", 1, "Make the pool this many times larger, to see that it costs nothing."
     )
-    flags.DEFINE_integer("repeats", 1, "How often to serve the workload; the last run counts.")
+    flags.DEFINE_integer(
+        "repeats", 1, "How often to serve the workload; the last run counts.", lower_bound=1
+    )
 
 
 def main(_: list[str]) -> None:

@@ -25,6 +25,7 @@ from jaxpage.checkpoint.load import LoadedModel
 from jaxpage.config import require
 from jaxpage.engine import step
 from jaxpage.engine.host import Engine
+from jaxpage.engine.loop import COMPILER_OPTIONS
 from jaxpage.engine.request import Request
 from jaxpage.model import llama, sampling
 from jaxpage.paging import kv_pool
@@ -84,7 +85,7 @@ def build_parts(engine: Engine) -> dict[str, Callable[[], object]]:
     bucket = min(size for size in setup.engine.token_buckets if size >= int(plan.num_tokens))
     pool, requests = state.pool, scheduler.requests
     batch = step.pack(plan, requests, bucket, pool.page_size, pool.num_pages)
-    model, layers = setup.model, params["layers"]
+    model = setup.model
     x = params["embed"][batch.tokens]
     q = jnp.zeros((bucket, model.num_heads, model.head_dim), x.dtype) + x[:, :1, None]
     nothing = Outcome(
@@ -93,7 +94,7 @@ def build_parts(engine: Engine) -> dict[str, Callable[[], object]]:
         failed=jnp.zeros_like(plan.samples),
     )
 
-    def products(x):
+    def products(layers, x):
         def layer(index, x):
             qkv = llama.project_layer(x, layers["qkv"], index)
             attended = qkv[:, :, :-2]
@@ -125,7 +126,9 @@ def build_parts(engine: Engine) -> dict[str, Callable[[], object]]:
 
     return {
         "step": whole,
-        "products": partial(jax.jit(products), x),
+        "products": partial(
+            jax.jit(products, compiler_options=COMPILER_OPTIONS), params["layers"], x
+        ),
         "attention": partial(jax.jit(attention), q, pool),
         "head": partial(jax.jit(llama.logits), params, x),
         "sampling": partial(sample, logits, settings, plan.lengths[:bucket], seen),

@@ -10,7 +10,7 @@ from attention_oracle import INTERPRET, needs_no_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.page_copy import conflicts, copy_pages, kernel_sm90
+from pallas_kernels.page_copy import api, conflicts, copy_pages, kernel_sm90
 
 P = 9
 kernel = functools.partial(kernel_sm90.copy, interpret=INTERPRET)
@@ -109,6 +109,15 @@ def test_wrong_arguments_are_refused_with_their_values(change, message):
     sources, targets = arrays([(0, 1)])
     with pytest.raises(ValueError, match=message):
         copy_pages(**({"pages": pool(), "sources": sources, "targets": targets} | change))
+
+
+def test_on_a_hopper_card_the_kernel_is_taken_for_pages_that_it_can_copy(monkeypatch):
+    taken = []
+    monkeypatch.setattr(api, "_is_hopper", lambda: True)
+    monkeypatch.setattr(kernel_sm90, "copy", lambda pages, *_: taken.append(pages.shape) or pages)
+    for columns in (40, 48):
+        jax.eval_shape(copy_pages, jnp.zeros((P, columns), jnp.int8), *arrays([(0, 1)]))
+    assert taken == [(P, 48)]
 
 
 @needs_no_gpu

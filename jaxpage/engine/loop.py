@@ -15,8 +15,20 @@ from jaxpage.model.params import Params
 from jaxpage.scheduling import state as scheduler_state
 from jaxpage.scheduling.state import Requests
 
+# On a GPU, Triton's products would first copy a layer's weights out of their stack, in every step;
+# cuBLAS is told where they begin. Elsewhere neither option means anything.
+COMPILER_OPTIONS = {
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_enable_dynamic_slice_fusion": True,
+}
 
-@partial(jax.jit, static_argnames=("setup",), donate_argnames=("state",))
+
+@partial(
+    jax.jit,
+    static_argnames=("setup",),
+    donate_argnames=("state",),
+    compiler_options=COMPILER_OPTIONS,
+)
 def serve_steps(
     params: Params, state: EngineState, max_steps: jax.Array, *, setup: Setup
 ) -> EngineState:

@@ -93,11 +93,14 @@ def create(setup: Setup, kv_dtype: DTypeLike, device: Any = None) -> EngineState
 
 def engine_step(params: Params, state: EngineState, setup: Setup) -> EngineState:
     """Plans a step, runs the model on it, and commits what it sampled."""
-    scheduler, plan = plan_step(state.scheduler, setup.engine, setup.allocator, setup.policy)
-    log = _write_log(state.log, scheduler, plan, setup.engine)
-    pool, host_pool = move_pages(state.pool, state.host_pool, plan, setup.engine)
+    with jax.named_scope("plan"):
+        scheduler, plan = plan_step(state.scheduler, setup.engine, setup.allocator, setup.policy)
+        log = _write_log(state.log, scheduler, plan, setup.engine)
+    with jax.named_scope("move"):
+        pool, host_pool = move_pages(state.pool, state.host_pool, plan, setup.engine)
     pool, outcome = execute(params, pool, plan, scheduler.requests, setup)
-    scheduler = commit_step(scheduler, plan, outcome, setup.allocator, setup.model.eos_ids)
+    with jax.named_scope("commit"):
+        scheduler = commit_step(scheduler, plan, outcome, setup.allocator, setup.model.eos_ids)
     return EngineState(scheduler=scheduler, pool=pool, host_pool=host_pool, log=log)
 
 
@@ -121,12 +124,14 @@ def execute(
     buckets = setup.engine.token_buckets
     chosen = _smallest_holding(plan.num_tokens, buckets)
     branches = [partial(_forward_bucket, bucket, setup) for bucket in buckets]
-    states, pool = lax.switch(chosen, branches, params, pool, plan, requests)
-    outcome = lax.cond(
-        jnp.any(plan.samples),
-        lambda: _sample(params, states, plan, requests, setup),
-        lambda: _nothing_sampled(setup),
-    )
+    with jax.named_scope("forward"):
+        states, pool = lax.switch(chosen, branches, params, pool, plan, requests)
+    with jax.named_scope("sample"):
+        outcome = lax.cond(
+            jnp.any(plan.samples),
+            lambda: _sample(params, states, plan, requests, setup),
+            lambda: _nothing_sampled(setup),
+        )
     return pool, outcome
 
 

@@ -28,14 +28,14 @@ def copy_pages(
       sources, targets: i32[N]. A pair with either outside [0, P) copies nothing. No target may
         be another pair's target or source: what such a page holds then is anybody's guess
         (`conflicts` counts them).
-      implementation: one of `IMPLEMENTATIONS`; None is "xla", as no card has run the kernel yet.
+      implementation: one of `IMPLEMENTATIONS`; None is the kernel where the card is a Hopper and a
+        page a multiple of 16 bytes, and "xla" elsewhere.
 
     Raises:
       ValueError: shapes, dtypes or the implementation's name do not fit.
       NotImplementedError: the implementation named cannot do it here.
     """
-    implementation = "xla" if implementation is None else implementation
-    if implementation not in IMPLEMENTATIONS:
+    if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"{implementation=} is unknown: give None or one of {IMPLEMENTATIONS}.")
     if pages.ndim < 2 or pages.size == 0:
         raise ValueError(f"{pages.shape=} must be [P, ...] and hold something.")
@@ -44,17 +44,26 @@ def copy_pages(
     for name, array in (("sources", sources), ("targets", targets)):
         if array.dtype != jnp.int32:
             raise ValueError(f"{name}.dtype={array.dtype} must be int32: use .astype(jnp.int32).")
+    implementation = implementation or _best_here(pages)
     if implementation == "mosaic_gpu":
-        card = jax.devices()[0]
-        if getattr(card, "compute_capability", None) != "9.0":
+        if not _is_hopper():
             raise NotImplementedError(
-                f'"mosaic_gpu" needs an NVIDIA Hopper GPU, and JAX runs on {card.device_kind}: '
-                'use implementation="xla".'
+                f'"mosaic_gpu" needs an NVIDIA Hopper GPU, and JAX runs on '
+                f'{jax.devices()[0].device_kind}: use implementation="xla".'
             )
         from pallas_kernels.page_copy import kernel_sm90
 
         return kernel_sm90.copy(pages, sources, targets)
     return {"reference": reference, "xla": xla}[implementation](pages, sources, targets)
+
+
+def _is_hopper() -> bool:
+    return getattr(jax.devices()[0], "compute_capability", None) == "9.0"
+
+
+def _best_here(pages: jax.Array) -> str:
+    page_bytes = pages.size // pages.shape[0] * pages.dtype.itemsize
+    return "mosaic_gpu" if _is_hopper() and page_bytes % 16 == 0 else "xla"
 
 
 def reference(pages: jax.Array, sources: jax.Array, targets: jax.Array) -> jax.Array:

@@ -223,10 +223,20 @@ def _kernel(
         if consumer + 1 < len(columns):
             plgpu.barrier_arrive(turn_barriers.at[consumer + 1])
 
-    warpgroup = lax.axis_index("warpgroup")
-    pl.when(warpgroup == len(columns))(produce)
+    def write_nothing():  # of no weight: what `out_ref` holds there is never looked at
+        where = (q_tile, head, split)
+        for smem, value in ((top_smem, -jnp.inf), (total_smem, 0.0)):
+            smem[...] = plgpu.layout_cast(
+                jnp.full((Q_LINES,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1)
+            )
+        targets = (top_smem, top_ref.at[where]), (total_smem, total_ref.at[where])
+        _write(targets, work.count, geometry)
+
+    warpgroup, has_work = lax.axis_index("warpgroup"), work.num_blocks > 0
+    pl.when(has_work & (warpgroup == len(columns)))(produce)
     for consumer in range(len(columns)):
-        pl.when(warpgroup == consumer)(functools.partial(consume, consumer))
+        pl.when(has_work & (warpgroup == consumer))(functools.partial(consume, consumer))
+    pl.when(jnp.logical_not(has_work) & (warpgroup == 0))(write_nothing)
 
 
 def _attend(

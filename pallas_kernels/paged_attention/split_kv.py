@@ -85,12 +85,13 @@ def _scales_of_rows(scales, lengths, page_indices, geometry: Geometry, tile: Til
 def combine(out, top, total):
     """Folds splits: out [T, K, N, G, D], top and total [T, K, N, G], base 2, into the N-less.
 
-    An empty split has top -inf and total 0 and changes nothing.
+    An empty split has top -inf and total 0 and changes nothing, whatever `out` holds there.
     """
     best = top.max(axis=2)
     finite = jnp.where(jnp.isfinite(best), best, 0.0)
     weight = jnp.exp2(top - finite[:, :, None])
     total = jnp.sum(total * weight, axis=2)
+    out = jnp.where(weight[..., None] > 0, out, 0.0)
     out = jnp.sum(out * weight[..., None], axis=2)
     return out / jnp.where(total > 0, total, 1.0)[..., None], best / LOG2E, total
 

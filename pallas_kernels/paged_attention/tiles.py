@@ -46,7 +46,7 @@ def tiles_of_ragged(
     starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends[:-1]])
 
     tile = jnp.arange(num_tiles, dtype=jnp.int32)
-    row = jnp.searchsorted(ends, tile, side="right", method="compare_all").astype(jnp.int32)
+    row = _num_ends_by(ends, num_tiles)
     is_used = row < num_rows
     row = jnp.where(is_used, row, 0)
     first = (tile - starts[row]) * tile_queries
@@ -55,7 +55,7 @@ def tiles_of_ragged(
     token = (cu_q_lens[row] + first)[:, None] + slot
 
     index = jnp.arange(num_tokens, dtype=jnp.int32)
-    owner = jnp.searchsorted(cu_q_lens[1:], index, side="right", method="compare_all")
+    owner = _num_ends_by(cu_q_lens[1:], num_tokens)
     at = index - cu_q_lens.at[owner].get(mode="clip")
     place = starts.at[owner].get(mode="clip") * tile_queries + at
     return QueryTiles(
@@ -65,6 +65,15 @@ def tiles_of_ragged(
         tokens=jnp.where(slot < count[:, None], token, num_tokens),
         places=jnp.where(owner < num_rows, place, num_tiles * tile_queries).astype(jnp.int32),
     )
+
+
+def _num_ends_by(ends: jax.Array, num: int) -> jax.Array:
+    """How many of the ascending `ends` are at most i, for i below `num`: i32[num].
+
+    A search that compares all with all would be the same, but XLA leaves it in a loop over layers.
+    """
+    counts = jnp.zeros((num,), jnp.int32).at[ends].add(1, mode="drop")
+    return jnp.cumsum(counts)
 
 
 def pack(q: jax.Array, tiles: QueryTiles, num_kv_heads: int, group_rows: int) -> jax.Array:

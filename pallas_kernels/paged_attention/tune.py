@@ -32,7 +32,7 @@ MARGIN = 0.02  # of a time; less is noise
 CANDIDATES = tuple(
     Tile(block_tokens, stages, split_tokens)
     for block_tokens in (64, 128)
-    for stages in range(2, 9)
+    for stages in range(2, 6)
     for split_tokens in (512, 1024, 2048)
 )
 
