@@ -230,7 +230,9 @@ def test_the_bench_prints_its_contract_and_compiles_nothing_while_serving(tmp_pa
         {"prompt_ids": [1, 2, 3], "max_new_tokens": 6},
         {"prompt_ids": [4, 5], "max_new_tokens": 9},
     )
-    done = run_script("bench_engine", "--model=tiny", f"--workload={workload}", "--num_slots=2")
+    done = run_script(
+        "bench_engine", "--model=random:tiny", f"--workload={workload}", "--num_slots=2"
+    )
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout.strip().splitlines()[-1])
     assert row["output_tokens"] == 15
@@ -239,6 +241,24 @@ def test_the_bench_prints_its_contract_and_compiles_nothing_while_serving(tmp_pa
     for name in ("output_tokens_per_s", "total_tokens_per_s", "compile_s", "steps",
                  "peak_rss_bytes", "host_transfers_per_step"):  # fmt: skip
         assert row[name] > 0
+
+
+def test_a_workload_of_sharegpt_is_cut_as_asked_and_can_be_read(tmp_path):
+    out = tmp_path / "w.jsonl"
+    done = run_script(
+        "make_workload", "--requests=5", "--max_prompt_tokens=9", "--max_output_tokens=7",
+        f"--out={out}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(lines) == 5
+    assert all(0 < len(line["prompt_ids"]) <= 9 for line in lines)
+    assert all(0 < line["max_new_tokens"] <= 7 for line in lines)
+    assert json.loads(done.stdout)["requests"] == 5
+    done = run_script("bench_step", "--model=tiny", f"--workload={out}", "--num_slots=6")
+    assert_fails_with(done, "5 requests for --num_slots=6")
+    done = run_script("make_workload", "--model=random:nobody", f"--out={out}")
+    assert_fails_with(done, "random:nobody", "llama-3.1-8b")
 
 
 @pytest.mark.parametrize(
@@ -252,6 +272,7 @@ def test_the_bench_prints_its_contract_and_compiles_nothing_while_serving(tmp_pa
         "claim_sharing",
         "demo",
         "fig15_sharing_savings",
+        "make_workload",
     ],
 )
 def test_help_explains_every_flag_in_sentences(name):
