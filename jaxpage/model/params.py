@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 
 from jaxpage.config import ModelConfig
@@ -66,12 +67,18 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: DTypeLike) -> Params
     specs, treedef = jax.tree.flatten(param_specs(config), is_leaf=is_spec)
     keys = jax.random.split(key, len(specs))
 
-    @partial(jax.jit, static_argnums=0)  # one by one, billions of numbers would stand thrice
+    def matrix(shape: tuple[int, ...], fan_in: int, key: jax.Array) -> jax.Array:
+        noise = jax.random.normal(key, shape, jnp.float32)
+        return (noise / math.sqrt(fan_in)).astype(dtype)
+
     def leaf(spec: ParamSpec, key: jax.Array) -> jax.Array:
         if spec.fan_in is None:
             return jnp.ones(spec.shape, dtype)
-        noise = jax.random.normal(key, spec.shape, jnp.float32)
-        return (noise / math.sqrt(spec.fan_in)).astype(dtype)
+        if spec.axes[0] != "layers":
+            return matrix(spec.shape, spec.fan_in, key)
+        # Layer by layer, so that billions of numbers never stand in float32.
+        layer = partial(matrix, spec.shape[1:], spec.fan_in)
+        return lax.map(layer, jax.random.split(key, spec.shape[0]))
 
     return treedef.unflatten([leaf(s, k) for s, k in zip(specs, keys, strict=True)])
 
