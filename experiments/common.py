@@ -19,6 +19,7 @@ from jaxpage.checkpoint.load import LoadedModel, load_model
 from jaxpage.checkpoint.store import cache_folder
 from jaxpage.checkpoint.tokenizer import Tokenizer
 from jaxpage.config import PREEMPTION_MODES, ConfigError, EngineConfig, require
+from jaxpage.engine.disk_tier import DiskConfig
 from jaxpage.engine.host import Engine, Journal
 from jaxpage.engine.request import Request, Result
 from jaxpage.engine.sizing import engine_config
@@ -96,6 +97,19 @@ def define_engine_flags(num_slots: int = 32, prefix_cache: bool = True) -> None:
         "How many pages may move each way in one step, not of whole sequences; 0 sets no limit.",
         lower_bound=0,
     )
+    flags.DEFINE_string(
+        "disk_dir",
+        None,
+        "A folder in which pages of the prefix cache outlive the process; whoever can read it can "
+        "read the prompts. By default none does.",
+    )
+    flags.DEFINE_integer(
+        "disk_bytes",
+        None,
+        "How many bytes the pages in --disk_dir may take; the longest unused are removed for new "
+        "ones. By default there is no limit.",
+        lower_bound=1,
+    )
     flags.DEFINE_bool(
         "batch_invariant",
         False,
@@ -149,7 +163,21 @@ def engine_for(model: LoadedModel, params: dict, config: EngineConfig, allocator
         policy=POLICIES[FLAGS.policy],
         attention=attention_named(FLAGS.attention),
     )
-    return Engine(params, setup, jnp.dtype(FLAGS.dtype))
+    return Engine(params, setup, jnp.dtype(FLAGS.dtype), disk_flags())
+
+
+def disk_flags() -> DiskConfig | None:
+    """The folder for pages that the flags name; None without."""
+    require(
+        FLAGS.disk_dir is not None or FLAGS.disk_bytes is None,
+        f"--disk_bytes={FLAGS.disk_bytes} limits the pages in --disk_dir: name that folder too",
+    )
+    return None if FLAGS.disk_dir is None else DiskConfig(FLAGS.disk_dir, FLAGS.disk_bytes)
+
+
+def disk_summary(journal: Journal) -> dict[str, dict[str, float]]:
+    """What became of the pages on disk, for a result row; nothing without `--disk_dir`."""
+    return {"disk": journal.disk} if journal.disk else {}
 
 
 def allocator_named(name: str) -> Allocator:

@@ -228,6 +228,7 @@ def _summary(results: list[Result], journal: Journal, compile_s: float) -> dict:
         "preemptions": sum(sample.num_preemptions for sample in samples),
         # The others of a request share the prompt of the first.
         "cached_prompt_tokens": sum(result.num_cached_tokens for result in results),
+        **common.disk_summary(journal),
         **common.provenance(),
     }
 

@@ -108,6 +108,7 @@ def serve_workload(engine: Engine, items: Sequence[WorkItem], folder: Path) -> d
         ),
         "compile_s": compile_s,
         "cached_prompt_tokens": sum(r.num_cached_tokens for r in served),
+        **common.disk_summary(journal),
         "kv_bytes": FLAGS.kv_bytes,
         "num_pages": config.num_pages,
         "page_size": config.page_size,

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from jaxpage.config import ConfigError
 from jaxpage.engine import loop, step
+from jaxpage.engine.disk_tier import DiskConfig, DiskTier, Owner
 from jaxpage.engine.request import Request, Result, refusal, reserved_len
 from jaxpage.engine.step import EngineState, Setup
 from jaxpage.model.params import Params
@@ -43,6 +44,7 @@ class Journal:
     owners: list[np.ndarray] = field(default_factory=list)  # i32[P] a step, if recorded
     request_ids: dict[int, str] = field(default_factory=dict)  # row of the queue -> request
     step_times_s: list[float] = field(default_factory=list)  # when a step was over, interpolated
+    disk: dict[str, float] = field(default_factory=dict)  # see `page_store.DiskCounts`
     num_host_reads: int = 0
     wall_s: float = 0.0
 
@@ -58,7 +60,13 @@ class Journal:
 class Engine:
     """A compiled engine with its state. One `serve` at a time; state stays between calls."""
 
-    def __init__(self, params: Params, setup: Setup, kv_dtype: DTypeLike):
+    def __init__(
+        self,
+        params: Params,
+        setup: Setup,
+        kv_dtype: DTypeLike,
+        disk: DiskConfig | None = None,
+    ):
         self.setup = setup
         self.params = params
         # Committed to its device like the parameters: else the second call would compile again.
@@ -68,6 +76,7 @@ class Engine:
         self.state: EngineState = rest.replace(host_pool=state.host_pool)
         self._num_submitted = 0
         self._salts: dict[str, int] = {}  # by tenant; a number each, so that none can collide
+        self._disk = DiskTier(disk, setup, params, kv_dtype) if disk is not None else None
 
     def compile(self) -> float:
         """Compiles all that serving needs and returns the seconds that it took."""
@@ -77,11 +86,16 @@ class Engine:
         self.submit(request, (0,))
         self.state = loop.forget(self.state, jnp.int32(0))
         self.advance(0)
+        if self._disk is not None:
+            self.state = self._disk.compile(self.state)
         jax.block_until_ready(self.state)
         return time.perf_counter() - start_s
 
     def submit(self, request: Request, rows: Sequence[int]) -> None:
         """Puts a request that `refusal` has nothing against in its free `rows`, ascending."""
+        if self._disk is not None:
+            prompt = np.array(request.prompt_ids, np.int32)
+            self.state = self._disk.restore(self.state, prompt, self._owner(request))
         for sample, row in enumerate(rows):
             # Where nothing can be shared each sample is a sequence of its own.
             group = row if self.setup.allocator.share is None else rows[0]
@@ -107,6 +121,8 @@ class Engine:
         on_progress: Callable[[Journal, int], None] | None = None,
     ) -> tuple[list[Result], Journal]:
         """Serves all requests, in the order of their arrival, and returns results in that given.
+
+        At its end it waits for the disk tier, if there is one; `wall_s` does not count that.
 
         Args:
           requests: refused ones (`refusal`) get a result with the reason, the rest are served.
@@ -137,10 +153,15 @@ class Engine:
             self.advance(steps)
             self._read_log(run.journal, before_s, start_s)
             self._read_requests(run, results, on_tokens)
+            if self._disk is not None:
+                self._disk.visit(self.state)
             if on_progress is not None:
                 running = {request.id for request, _ in run.active.values()}
                 on_progress(run.journal, len(requests) - len(run.waiting) - len(running))
         run.journal.wall_s = time.perf_counter() - start_s
+        if self._disk is not None:
+            self._disk.flush(self.state)
+            run.journal.disk = self._disk.take_counts()
         return [results[request.id] for request in requests], run.journal
 
     def _feed(self, run: "_Run", now_s: float) -> None:
@@ -177,7 +198,7 @@ class Engine:
                 length_penalties=jnp.float32(request.length_penalty),
                 patience=jnp.int32(PATIENCE[request.early_stopping]),
             ),
-            salt=self._salts.setdefault(request.tenant, len(self._salts)),
+            salt=self._owner(request).salt,
             sampling=Sampling(
                 temperature=jnp.float32(request.temperature),
                 top_k=jnp.int32(request.top_k),
@@ -186,6 +207,10 @@ class Engine:
                 seed=jnp.uint32((request.seed + sample * SEED_STRIDE) % 2**32),
             ),
         )
+
+    def _owner(self, request: Request) -> Owner:
+        salt = self._salts.setdefault(request.tenant, len(self._salts))
+        return Owner(request.tenant, salt)
 
     def _read_log(self, journal: Journal, before_s: float, start_s: float) -> None:
         log = self.state.log
@@ -220,7 +245,11 @@ class Engine:
         for row in ended:
             request, sample = run.active.pop(row)
             done = run.done[request.id]
-            done.append((sample, _result(request, row, known, run.journal)))
+            result = _result(request, row, known, run.journal)
+            done.append((sample, result))
+            if self._disk is not None and result.error is None:
+                tokens = known.tokens[row, : known.num_tokens[row] - 1]  # the last has no KV
+                self._disk.remember(tokens, self._owner(request))
             if len(done) == request.num_rows:
                 done.sort(key=lambda pair: pair[0])
                 first, *more = (result for sample, result in done if 0 <= sample < request.n)

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxpage.engine import chains
 from jaxpage.engine.step import EngineState, Setup, engine_step
 from jaxpage.model.params import Params
+from jaxpage.paging.kv_pool import KvPool
 from jaxpage.scheduling import state as scheduler_state
 from jaxpage.scheduling.state import Requests
 
@@ -52,3 +54,41 @@ def submit(state: EngineState, row: jax.Array, request: Requests) -> EngineState
 def forget(state: EngineState, row: jax.Array) -> EngineState:
     """Frees the row of a request that is done and has been read."""
     return state.replace(scheduler=scheduler_state.forget(state.scheduler, row))
+
+
+@partial(jax.jit, static_argnames=("setup",))
+def find_chain(
+    state: EngineState, tokens: jax.Array, num_tokens: jax.Array, salt: jax.Array, *, setup: Setup
+) -> tuple[jax.Array, jax.Array]:
+    """See `chains.find`."""
+    return chains.find(state, tokens, num_tokens, salt, setup)
+
+
+@partial(jax.jit, static_argnames=("most", "setup"))
+def read_chain(
+    state: EngineState,
+    tokens: jax.Array,
+    num_tokens: jax.Array,
+    salt: jax.Array,
+    first: jax.Array,
+    *,
+    most: int,
+    setup: Setup,
+) -> tuple[jax.Array, KvPool]:
+    """See `chains.read`: copies, so the state stays as it is."""
+    return chains.read(state, tokens, num_tokens, salt, first, most, setup)
+
+
+@partial(jax.jit, static_argnames=("setup",), donate_argnames=("state",))
+def put_back(
+    state: EngineState,
+    tokens: jax.Array,
+    first: jax.Array,
+    count: jax.Array,
+    salt: jax.Array,
+    pages: KvPool,
+    *,
+    setup: Setup,
+) -> tuple[EngineState, jax.Array]:
+    """See `chains.put_back`."""
+    return chains.put_back(state, tokens, first, count, salt, pages, setup)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxpage.config import EngineConfig
 from jaxpage.paging import (
+    chains,
     contiguous,
     fitting,
     page_table,
@@ -22,6 +23,7 @@ from jaxpage.paging import (
     status,
     tiers,
 )
+from jaxpage.paging.chains import ChainOps
 from jaxpage.paging.contiguous import ContiguousTable, ReserveFn
 from jaxpage.paging.eviction import EVICTION_POLICIES, ScoreFn
 from jaxpage.paging.page_table import Appended, PageTable, num_pages_for
@@ -72,9 +74,14 @@ class Allocator[T]:
     # (table, source, target, num_tokens), as in `page_table.share`; None where rows cannot share
     share: Callable[[T, jax.Array, jax.Array, jax.Array], T] | None = None
     tier: TierOps | None = None  # None where pages cannot leave for the host
-    caches: bool = False  # pages outlive their sequences
+    chains: ChainOps | None = None  # None where no page outlives its sequence
     enter: Callable[..., T] = lambda table, *_: table
     settle: Callable[[T], T] = lambda table: table
+
+    @property
+    def caches(self) -> bool:
+        """Whether pages outlive their sequences."""
+        return self.chains is not None
 
 
 def _create(create: Callable, config: EngineConfig):
@@ -160,7 +167,10 @@ def with_prefix_cache(score: ScoreFn, hash_fn: HashFn = prefix_index.mix) -> All
         reserve=contiguous.reserve_oracle,
         share=prefix_cache.share,
         tier=tiers.with_prefix_cache(score),
-        caches=True,
+        chains=ChainOps(
+            find=partial(chains.find, hash_fn=hash_fn),
+            put_back=partial(chains.put_back, score=score, hash_fn=hash_fn),
+        ),
         enter=partial(prefix_cache.enter, hash_fn=hash_fn),
         settle=prefix_cache.settle,
     )

@@ -122,6 +122,30 @@ def move_in(
     return _move_pages(host, pool, sources, targets, count, jax.memory.Space.Device)
 
 
+def gather(pool: KvPool, host: KvPool, places: jax.Array) -> KvPool:
+    """Copies of the pages at `places: i32[n]`, of the pool below `P` and of the host from there on.
+
+    Zeros where there is no such place. The work follows the pages that there are.
+    """
+    shape = (pool.keys.shape[0], places.shape[0], *pool.keys.shape[2:])
+    copies = KvPool(*(jnp.zeros(shape, pages.dtype) for pages in (pool.keys, pool.values)))
+    start = 0
+    for source in (pool, host) if host.num_pages > 0 else (pool,):
+        is_there = (places >= start) & (places < start + source.num_pages)
+        order = jnp.argsort(~is_there, stable=True).astype(jnp.int32)
+        count = jnp.sum(is_there, dtype=jnp.int32)
+        sources = places[order] - start
+        copies = _move_pages(source, copies, sources, order, count, jax.memory.Space.Device)
+        start += source.num_pages
+    return copies
+
+
+def fill(pool: KvPool, pages: KvPool, targets: jax.Array, count: jax.Array) -> KvPool:
+    """`pool`, with page `i` of `pages` in its page `targets[i]`, `i32[n]`, for `i < count`."""
+    sources = jnp.arange(targets.shape[0], dtype=jnp.int32)
+    return _move_pages(pages, pool, sources, targets, count, jax.memory.Space.Device)
+
+
 def _move_pages(
     source: KvPool,
     target: KvPool,
