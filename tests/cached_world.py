@@ -127,6 +127,7 @@ def cached_universe(
             "share": Verb(_share, np.asarray(shared, np.int32)),
             "settle": Verb(_settle, np.zeros((1, 1), np.int32)),
             "release": Verb(_release, np.concatenate([one, all_rows])),
+            "put back": Verb(_put_back, np.asarray([(0, 1), (1, 2), (2, 2)], np.int32)),
         },
         check=_check,
         key=_key,
@@ -259,9 +260,42 @@ def _release(world: CachedWorld, rows: jax.Array) -> tuple[CachedWorld, Faults]:
     return _finish(world.is_idle, after, world, {"lengths": count(after.cache.lengths != lengths)})
 
 
+def _put_back(world: CachedWorld, arguments: jax.Array) -> tuple[CachedWorld, Faults]:
+    """Between two steps, pages of a sequence come from elsewhere, and nobody holds them."""
+    sequence, wanted = arguments
+    before, size = world.cache, world.cache.page_size
+    tokens, salt = jnp.asarray(TOKENS)[sequence], jnp.asarray(SALTS)[sequence]
+    chains = world.verbs.chains
+    assert chains is not None
+    found = chains.find(before, tokens, jnp.asarray(ROW_LEN, jnp.int32), salt)
+    first = found.num_pages
+    cache, pages = chains.put_back(before, tokens, first, wanted, salt, most=2)
+    columns = first + jnp.arange(2, dtype=jnp.int32)
+    values = jnp.asarray(PREFIXES)[sequence].reshape(-1, size)
+    values = values.at[columns].get(mode="fill", fill_value=-1)
+    after = world.replace(cache=cache, pool=world.pool.at[pages].set(values, mode="drop"))
+    hits, _ = _hits(world, sequence, jnp.asarray(ROW_LEN + 1, jnp.int32))
+    num_kept = count(before.is_cached.at[found.pages].get(mode="fill", fill_value=False))
+    room = before.num_free + before.num_cached - num_kept
+    expected = jnp.minimum(jnp.minimum(wanted, ROW_LEN // size - first), room)
+    num_put = count(pages < before.num_pages)
+    is_whole = num_put == expected  # else a bucket was full
+    used = jnp.sum(before.index.buckets < before.num_pages, axis=1, dtype=jnp.int32)
+    has_room = jnp.max(used) + wanted <= before.index.buckets.shape[1]
+    evicts = _bad_evictions(world, cache, num_put, found.pages, pages)
+    faults = {
+        "hits": jnp.where(world.collides, 0, count(hits != first)),
+        "put back": jnp.where(world.collides, 0, count(~is_whole & has_room)),
+        "evictions": jnp.where(is_whole, evicts, 0),
+        "all or nothing": count(cache.page_indices != before.page_indices)
+        + count(cache.lengths != before.lengths),
+    }
+    return _finish(world.is_idle, after, world, faults)
+
+
 VERB_CHECKS = (
     *("tokens found", "hits", "statuses", "all or nothing", "evictions"),
-    *("copies", "lengths", "entered", "twins"),
+    *("copies", "lengths", "entered", "twins", "put back"),
 )
 
 
@@ -361,12 +395,26 @@ def _left_out(before: PrefixCache, after: PrefixCache) -> jax.Array:
     return count(jnp.any(wait > 0) & ~jnp.any(is_in & (wait > 0)) & has_room)
 
 
-def _bad_evictions(world: CachedWorld, after: PrefixCache, num_pages: jax.Array) -> jax.Array:
-    """Pages that left in vain, for want of `num_pages`, or before one whose turn it was."""
+def _bad_evictions(
+    world: CachedWorld,
+    after: PrefixCache,
+    num_pages: jax.Array,
+    spared: jax.Array | tuple = (),
+    entered: jax.Array | tuple = (),
+) -> jax.Array:
+    """Pages that left in vain, for want of `num_pages`, or before one whose turn it was.
+
+    Pages `spared: i32[n]` had no turn; pages `entered: i32[k]` hold something else than before.
+    """
     before = world.cache
     pages = jnp.arange(before.num_pages, dtype=jnp.int32)
-    gone = before.is_cached & ~after.index.holds(pages)
+    none = jnp.zeros((before.num_pages,), jnp.bool_)
+    spared, entered = (
+        none.at[jnp.asarray(some, jnp.int32)].set(True, mode="drop") for some in (spared, entered)
+    )
+    gone = before.is_cached & (~after.index.holds(pages) | entered)
     stays = before.is_cached & (before.index.num_children == 0) & after.is_cached
+    stays &= ~spared & ~entered
     usage = before.index.usage(pages)
     turns = world.score(usage), usage.last_used, pages
     is_later = jnp.zeros((before.num_pages,) * 2, jnp.bool_)

@@ -70,7 +70,9 @@ def put_back(
     null, page_size = cache.null, cache.page_size
     found = find(cache, tokens, (first + count) * page_size, salt, hash_fn=hash_fn)
     fits = found.num_pages == first
-    wanted = jnp.where(fits, jnp.minimum(jnp.minimum(count, most), found.room), 0)
+    rest = tokens.shape[0] // page_size - first  # pages that the sequence can still have
+    wanted = jnp.minimum(jnp.minimum(count, most), jnp.minimum(found.room, rest))
+    wanted = jnp.where(fits, wanted, 0)
     chain = jnp.where(wanted > 0, found.pages, null)
     cache = make_room(take(cache, chain), wanted, score)  # held meanwhile, so that it stays
 
