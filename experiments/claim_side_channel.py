@@ -127,7 +127,7 @@ def size(model: LoadedModel) -> EngineConfig:
         kv_dtype=FLAGS.dtype,
         num_pages=prompts * pages_each,
         batch_invariant=FLAGS.batch_invariant,
-        **common.preemption_flags(),
+        **common.memory_flags(),
     )
 
 

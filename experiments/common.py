@@ -97,6 +97,11 @@ def define_engine_flags(num_slots: int = 32, prefix_cache: bool = True) -> None:
         "How many pages may move each way in one step, not of whole sequences; 0 sets no limit.",
         lower_bound=0,
     )
+    flags.DEFINE_bool(
+        "zero_freed",
+        False,
+        "Overwrite the bytes of pages that have become free with zeros; with pages only.",
+    )
     flags.DEFINE_string(
         "disk_dir",
         None,
@@ -154,8 +159,17 @@ def build_engine(model: LoadedModel, config: EngineConfig, allocator: str = "pag
     return engine_for(model, serving_params(model.params, FLAGS.dtype), config, allocator)
 
 
-def engine_for(model: LoadedModel, params: dict, config: EngineConfig, allocator: str) -> Engine:
-    """An engine on parameters that are already in serving form, to be shared by several."""
+def engine_for(
+    model: LoadedModel,
+    params: dict,
+    config: EngineConfig,
+    allocator: str,
+    disk: DiskConfig | None = None,
+) -> Engine:
+    """An engine on parameters that are already in serving form, to be shared by several.
+
+    Its pages outlive it in the folder of `disk`, by default that of the flags.
+    """
     setup = Setup(
         model=model.config,
         engine=config,
@@ -163,7 +177,7 @@ def engine_for(model: LoadedModel, params: dict, config: EngineConfig, allocator
         policy=POLICIES[FLAGS.policy],
         attention=attention_named(FLAGS.attention),
     )
-    return Engine(params, setup, jnp.dtype(FLAGS.dtype), disk_flags())
+    return Engine(params, setup, jnp.dtype(FLAGS.dtype), disk or disk_flags())
 
 
 def disk_flags() -> DiskConfig | None:
@@ -185,9 +199,9 @@ def allocator_named(name: str) -> Allocator:
     return CACHED[FLAGS.eviction] if name == "paged" and FLAGS.prefix_cache else ALLOCATORS[name]
 
 
-def preemption_flags() -> dict[str, Any]:
-    """What the flags say of preemption, for `engine_config`."""
-    names = ("preemption", "host_bytes", "transfer_budget")
+def memory_flags() -> dict[str, Any]:
+    """What the flags say of pages that are given up, for `engine_config`."""
+    names = ("preemption", "host_bytes", "transfer_budget", "zero_freed")
     return {name: getattr(FLAGS, name) for name in names}
 
 
@@ -282,7 +296,7 @@ def config_for(model: LoadedModel, requests: Sequence[Request], **capacities: An
         page_size=FLAGS.page_size,
         kv_dtype=FLAGS.dtype,
         batch_invariant=FLAGS.batch_invariant,
-        **(preemption_flags() | capacities),
+        **(memory_flags() | capacities),
     )
 
 

@@ -66,7 +66,7 @@ def main(_: list[str]) -> None:
             kv_dtype=FLAGS.dtype,
             batch_invariant=FLAGS.batch_invariant,
             max_beams=WIDTHS[-1],
-            **common.preemption_flags(),
+            **common.memory_flags(),
         )
         engine = common.build_engine(model, config)
         engine.compile()

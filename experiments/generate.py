@@ -184,7 +184,7 @@ def _size(model: LoadedModel, requests: list[Request]) -> EngineConfig:
         kv_dtype=FLAGS.dtype,
         num_pages=FLAGS.num_pages,
         batch_invariant=FLAGS.batch_invariant,
-        **common.preemption_flags(),
+        **common.memory_flags(),
         max_beams=min(max([r.num_beams for r in requests], default=1), FLAGS.num_slots),
     )
 

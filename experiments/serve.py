@@ -78,7 +78,7 @@ def budgeted_config(model: LoadedModel, num_requests: int):
         kv_dtype=FLAGS.dtype,
         kv_bytes=FLAGS.kv_bytes,
         batch_invariant=FLAGS.batch_invariant,
-        **common.preemption_flags(),
+        **common.memory_flags(),
         record_page_map=True,
     )
 

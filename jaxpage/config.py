@@ -88,6 +88,7 @@ class EngineConfig:
     `recompute` need `host_pages`, to which cached pages go as well. At most `transfer_budget` pages
     move a step each way, 0 for as many as a step can need; whole sequences know no budget, nor do
     cached pages of which the host has what follows.
+    With `zero_freed` a page's bytes are overwritten with zeros when it has become free.
     `log_steps` is how many step records the device holds before the host must read them.
     """
 
@@ -102,6 +103,7 @@ class EngineConfig:
     preemption: str = "recompute"
     host_pages: int = 0
     transfer_budget: int = 0
+    zero_freed: bool = False
     log_steps: int = 64
     record_page_map: bool = False
     batch_invariant: bool = False

@@ -4,12 +4,15 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from tiny_engine import CONFIG, PROMPTS, REQUESTS, build, setup_of
+from tiny_engine import CONFIG, PROMPTS, REQUESTS, build, outputs, setup_of
 
+from jaxpage.config import ConfigError
 from jaxpage.engine.host import Engine
 from jaxpage.engine.request import Request
 from jaxpage.paging import page_table
+from jaxpage.paging.prefix_cache import PrefixCache
 from jaxpage.scheduling.state import DONE
 
 
@@ -57,6 +60,59 @@ def test_what_a_freed_page_holds_changes_nothing(allocator, num_pages):
         results.append(found)
         assert (num_preempted > 0) == (num_pages == 10)
     assert results[0] == results[1]
+
+
+def stale_pages(engine: Engine) -> tuple[int, int]:
+    """Words that are not zeros in free pages, and in pages after the end of their row."""
+    table, size = engine.state.scheduler.table, CONFIG.page_size
+    owned = table.table if isinstance(table, PrefixCache) else table
+    assert isinstance(owned, page_table.PageTable)
+    is_free = np.asarray((owned.ref_counts == 0) & ~table.is_cached)
+    last = jax.tree.map(
+        lambda x: np.abs(x).max(axis=(0, 2, 4)), (engine.state.pool, engine.state.host_pool)
+    )
+    by_place = [np.concatenate([a, b]) for a, b in zip(*map(jax.tree.leaves, last), strict=True)]
+    holds = np.maximum(*by_place)[table.tier.places.tolist()] > 0  # [P + H, S]
+    rows = zip(table.lengths.tolist(), table.page_indices.tolist(), strict=True)
+    tails = [holds[pages[(n - 1) // size], n % size :] for n, pages in rows if n % size]
+    return int(holds[is_free].sum()), int(sum(tail.sum() for tail in tails))
+
+
+@pytest.mark.parametrize(
+    ("allocator", "host"),
+    [
+        ("paged", {"host_pages": 12, "preemption": "swap"}),
+        ("lru", {"host_pages": 5, "preemption": "fine"}),
+    ],
+)
+def test_freed_pages_hold_zeros_and_what_is_taken_again_too(allocator, host):
+    config = replace(CONFIG, num_pages=10, headroom_pages=0, zero_freed=True, **host)
+    # Prompts of 5 and 6 tokens: the two samples of each share a last page, and copy it.
+    pairs = [
+        replace(REQUESTS[0], id=f"pair {n}", prompt_ids=PROMPTS[-1][:n], n=2, temperature=1.0)
+        for n in (5, 6)
+    ]
+    requests = [*REQUESTS[:3], *pairs, *REQUESTS[3:]]
+    engine = build(setup_of(config, allocator=allocator))
+
+    def look(journal, _) -> None:
+        free, tails = stale_pages(engine)
+        assert free == 0
+        # A copied page is copied whole, with what its first owner wrote since.
+        assert tails == 0 or sum(record["num_copied"] for record in journal.records) > 0
+
+    results, journal = engine.serve(requests, steps_per_read=1, on_progress=look)
+    happened = {name: sum(r[name] for r in journal.records) for name in journal.records[0]}
+    assert min(happened[name] for name in ("num_copied", "num_preempted", "moved_out")) > 0
+    expected, _ = build(setup_of(allocator=allocator)).serve(requests)
+    assert outputs(results) == outputs(expected)
+    assert [outputs(r.more) for r in results] == [outputs(r.more) for r in expected]
+
+
+def test_only_pages_are_wiped_one_by_one():
+    config = replace(CONFIG, num_pages=32, zero_freed=True)
+    with pytest.raises(ConfigError, match=r"zero_freed with allocator=oracle.*take paged"):
+        build(setup_of(config, allocator="oracle"))
 
 
 @pytest.mark.parametrize("prompt_len", [7, 8, 9])  # a last page with room, none, and almost all

@@ -6,7 +6,7 @@ Between two calls of the loop, so no moves are pending. `tokens: i32[N]` are of 
 import jax
 import jax.numpy as jnp
 
-from jaxpage.engine.step import EngineState, Setup
+from jaxpage.engine.step import EngineState, Setup, wipe_freed
 from jaxpage.paging import kv_pool
 from jaxpage.paging.allocator import Allocator
 from jaxpage.paging.chains import ChainOps
@@ -61,9 +61,11 @@ def put_back(
         host_pool = kv_pool.move_out(pool, host_pool, *outs)
         host_pool, pool = first_read(host_pool, pool)
     num_put = jnp.sum(targets < table.null, dtype=jnp.int32)
-    pool = kv_pool.fill(pool, pages, table.tier.in_pool(targets), num_put)
     scheduler = state.scheduler.replace(table=table)
-    return state.replace(scheduler=scheduler, pool=pool, host_pool=host_pool), num_put
+    state = state.replace(scheduler=scheduler, pool=pool, host_pool=host_pool)
+    state = wipe_freed(state, setup)
+    pool = kv_pool.fill(state.pool, pages, table.tier.in_pool(targets), num_put)
+    return state.replace(pool=pool), num_put
 
 
 def _ops(allocator: Allocator) -> ChainOps:

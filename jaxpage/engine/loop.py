@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpage.engine import chains
-from jaxpage.engine.step import EngineState, Setup, engine_step
+from jaxpage.engine.step import EngineState, Setup, engine_step, wipe_freed
 from jaxpage.model.params import Params
 from jaxpage.paging.kv_pool import KvPool
 from jaxpage.scheduling import state as scheduler_state
@@ -41,7 +41,8 @@ def serve_steps(
     def goes_on(state: EngineState) -> jax.Array:
         return (state.log.count < limit) & jnp.any(state.scheduler.unfinished)
 
-    return lax.while_loop(goes_on, lambda state: engine_step(params, state, setup), state)
+    state = lax.while_loop(goes_on, lambda state: engine_step(params, state, setup), state)
+    return wipe_freed(state, setup)
 
 
 @partial(jax.jit, donate_argnames=("state",))

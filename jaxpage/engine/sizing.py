@@ -42,6 +42,7 @@ def engine_config(
     preemption: str = "recompute",
     host_bytes: int | None = None,
     transfer_budget: int = 0,
+    zero_freed: bool = False,
     record_page_map: bool = False,
     pool_factor: int = 1,
 ) -> EngineConfig:
@@ -81,6 +82,7 @@ def engine_config(
         preemption=preemption,
         host_pages=host_pages,
         transfer_budget=transfer_budget,
+        zero_freed=zero_freed,
         record_page_map=record_page_map,
         batch_invariant=batch_invariant,
     )

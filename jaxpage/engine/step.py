@@ -70,6 +70,11 @@ def create(setup: Setup, kv_dtype: DTypeLike, device: Any = None) -> EngineState
       ConfigError: the allocator or the vocabulary is too small for what the configuration asks.
     """
     config = setup.engine
+    require(
+        not config.zero_freed or setup.allocator.tier is not None,
+        f"zero_freed with allocator={setup.allocator.name}: only pages are wiped one by one; "
+        "take paged",
+    )
     most = beams.num_candidates(config.max_beams, setup.model.eos_ids)
     require(
         most <= setup.model.vocab_size,
@@ -107,14 +112,34 @@ def engine_step(params: Params, state: EngineState, setup: Setup) -> EngineState
 def move_pages(
     pool: KvPool, host_pool: KvPool, plan: Plan, config: EngineConfig
 ) -> tuple[KvPool, KvPool]:
-    """Makes the moves and copies of a plan: out of the pool, within it, and back into it."""
+    """Makes the moves and copies of a plan, and wipes what it says, in the order of `Plan`."""
     if config.host_pages > 0:
         host_pool = kv_pool.move_out(pool, host_pool, *plan.moves_out)
         host_pool, pool = first_read(host_pool, pool)
     pool = kv_pool.copy_pages(pool, *plan.copies)
+    if config.zero_freed:
+        pool = kv_pool.wipe(pool, *plan.freed)
     if config.host_pages > 0:
         pool = kv_pool.move_in(host_pool, pool, *plan.moves_in)
+    if config.host_pages > 0 and config.zero_freed:
+        pool, host_pool = first_read(pool, host_pool)
+        host_pool = kv_pool.wipe_on_host(host_pool, *plan.host_freed)
     return pool, host_pool
+
+
+def wipe_freed(state: EngineState, setup: Setup) -> EngineState:
+    """Wipes the pages that the last step freed, for which no step has come yet."""
+    tier = setup.allocator.tier
+    if not setup.engine.zero_freed or tier is None:
+        return state
+    nothing = jnp.zeros((0,), jnp.int32)
+    table, freed, host_freed = tier.take_freed(state.scheduler.table, nothing)
+    host_pool = state.host_pool
+    if setup.engine.host_pages > 0:
+        host_pool = kv_pool.wipe_on_host(host_pool, *host_freed)
+    scheduler = state.scheduler.replace(table=table)
+    pool = kv_pool.wipe(state.pool, *freed)
+    return state.replace(scheduler=scheduler, pool=pool, host_pool=host_pool)
 
 
 def execute(

@@ -90,7 +90,7 @@ def _create(create: Callable, config: EngineConfig):
 
 def _create_tiered(create: Callable, config: EngineConfig):
     shape = (config.num_slots, config.pages_per_slot, config.num_pages, config.page_size)
-    return create(*shape, config.host_pages, config.transfer_budget or None)
+    return create(*shape, config.host_pages, config.transfer_budget or None, config.zero_freed)
 
 
 def _admit_paged(table: PageTable, row, prompt: Prompt, owed):

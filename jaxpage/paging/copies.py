@@ -23,6 +23,12 @@ class Copies(NamedTuple):
 
         return Copies(nothing(), nothing(), jnp.asarray(0, jnp.int32))
 
+    @property
+    def live_targets(self) -> jax.Array:
+        """The pages that are overwritten, and -1, `i32[n]`."""
+        live = jnp.arange(self.targets.shape[0], dtype=jnp.int32) < self.count
+        return jnp.where(live, self.targets, -1)
+
     def then(self, sources: jax.Array, targets: jax.Array, num_pages: int) -> "Copies":
         """With the pairs of `i32[n]` that are pages, in their order, at the end."""
         is_copy = targets < num_pages

@@ -9,8 +9,10 @@ that an executor reads speaks of places.
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 
 from jaxpage.paging.copies import Copies
+from jaxpage.paging.freed import Freed
 from jaxpage.paging.in_place import first_read
 
 
@@ -27,6 +29,7 @@ class HostTier(struct.PyTreeNode):
     num_free: jax.Array  # i32[]
     outs: Copies  # from pages of the pool to pages of the host
     ins: Copies  # from pages of the host to pages of the pool
+    freed: Freed  # pages to wipe, of both sides; of no capacity where none is
     budget: int = struct.field(pytree_node=False)  # cached pages that may leave in a step
 
     @property
@@ -53,15 +56,21 @@ class HostTier(struct.PyTreeNode):
         return jnp.minimum(places, self.pool_pages)
 
 
-def create(pool_pages: int, host_pages: int, budget: int | None = None) -> HostTier:
+def create(
+    pool_pages: int, host_pages: int, budget: int | None = None, zero_freed: bool = False
+) -> HostTier:
     """A tier of free pages beside a pool; page `p` is at first in place `p`."""
     most_outs = pool_pages if host_pages > 0 else 0  # each page of the pool is left once a step
+    # A place of the pool becomes free once at the most, and one of the host once for each page
+    # that comes there.
+    most_freed = 2 * pool_pages + host_pages if zero_freed else 0
     return HostTier(
         places=jnp.arange(pool_pages + host_pages, dtype=jnp.int32),
         free_pages=pool_pages + jnp.arange(host_pages - 1, -1, -1, dtype=jnp.int32),
         num_free=jnp.asarray(host_pages, jnp.int32),
         outs=Copies.none(most_outs, host_pages),
         ins=Copies.none(min(pool_pages, host_pages), pool_pages),
+        freed=Freed.none(most_freed),
         budget=pool_pages if budget is None else budget,
     )
 
@@ -83,7 +92,7 @@ def come_back(tier: HostTier, page: jax.Array, spare: jax.Array) -> HostTier:
     (source, target), tier = first_read((tier.places[page], tier.places[spare]), tier)
     ins = tier.ins.then((source - tier.pool_pages)[None], target[None], tier.pool_pages)
     places = tier.places.at[page].set(target).at[spare].set(source)
-    return free(tier.replace(places=places, ins=ins), spare[None])
+    return free(note_freed(tier.replace(places=places, ins=ins), spare[None]), spare[None])
 
 
 def free(tier: HostTier, pages: jax.Array) -> HostTier:
@@ -95,6 +104,33 @@ def free(tier: HostTier, pages: jax.Array) -> HostTier:
         free_pages=tier.free_pages.at[place].set(pages, mode="drop"),
         num_free=tier.num_free + jnp.sum(is_page, dtype=jnp.int32),
     )
+
+
+def note_freed(tier: HostTier, pages: jax.Array) -> HostTier:
+    """Remembers that `pages: i32[n]` are to be wiped; `P + H` is none."""
+    return tier.replace(freed=tier.freed.then(pages, tier.places.shape[0]))
+
+
+def take_freed(tier: HostTier, copied: jax.Array) -> tuple[HostTier, Freed, Freed]:
+    """The pages of the pool and those of the host that are to be wiped; the tier has none after.
+
+    Not those of the pool in `copied: i32[n]`, which this step overwrites. Wherever else another
+    page came to the place of a freed one, that one has left it.
+    """
+    freed, P, H = tier.freed, tier.pool_pages, tier.num_pages
+    in_pool, on_host = Freed.none(freed.capacity), Freed.none(freed.capacity if H > 0 else 0)
+
+    def sort(turn, lists):
+        in_pool, on_host = lists
+        place = tier.places[freed.pages[turn]]
+        is_copy = jnp.any(copied == place)
+        in_pool = in_pool.then(jnp.where(is_copy, P, place)[None], P)
+        return in_pool, on_host.then(jnp.where(place < P, H, place - P)[None], H)
+
+    if freed.capacity > 0:
+        in_pool, on_host = lax.fori_loop(0, freed.count, sort, (in_pool, on_host))
+        tier = tier.replace(freed=freed._replace(count=jnp.asarray(0, jnp.int32)))
+    return tier, in_pool, on_host
 
 
 def without_moves(tier: HostTier) -> HostTier:

@@ -146,6 +146,22 @@ def fill(pool: KvPool, pages: KvPool, targets: jax.Array, count: jax.Array) -> K
     return _move_pages(pages, pool, sources, targets, count, jax.memory.Space.Device)
 
 
+def wipe(pool: KvPool, pages: jax.Array, count: jax.Array) -> KvPool:
+    """`pool`, with zeros in its `pages[i]`, `i32[n]`, for `i < count`."""
+    return _wipe(pool, pages, count, jax.memory.Space.Device)
+
+
+def wipe_on_host(host: KvPool, pages: jax.Array, count: jax.Array) -> KvPool:
+    """`wipe`, of pages of the host."""
+    return _wipe(host, pages, count, jax.memory.Space.Host)
+
+
+def _wipe(pool: KvPool, pages: jax.Array, count: jax.Array, space: Any) -> KvPool:
+    shape = (pool.keys.shape[0], 1, *pool.keys.shape[2:])
+    zeros = KvPool(*(jnp.zeros(shape, pages.dtype) for pages in (pool.keys, pool.values)))
+    return _move_pages(zeros, pool, jnp.zeros_like(pages), pages, count, space)
+
+
 def _move_pages(
     source: KvPool,
     target: KvPool,

@@ -14,6 +14,7 @@ from jax import lax
 
 from jaxpage.paging import host_tier, ragged, status
 from jaxpage.paging.copies import Copies
+from jaxpage.paging.freed import Freed
 from jaxpage.paging.host_tier import HostTier
 from jaxpage.paging.in_place import first_read
 
@@ -123,10 +124,12 @@ def create(
     page_size: int,
     host_pages: int = 0,
     budget: int | None = None,
+    zero_freed: bool = False,
 ) -> PageTable:
     """A table of empty rows, every page free; page 0 is on top of the stack.
 
     Of cached pages at most `budget` a step move to the host, and any number if none is given.
+    With `zero_freed` the table lists pages that become free (`take_freed`).
     """
     null = num_pages + host_pages
     return PageTable(
@@ -136,7 +139,7 @@ def create(
         free_pages=jnp.arange(num_pages - 1, -1, -1, dtype=jnp.int32),
         num_free=jnp.asarray(num_pages, jnp.int32),
         num_hosted=jnp.zeros((num_slots,), jnp.int32),
-        tier=host_tier.create(num_pages, host_pages, budget),
+        tier=host_tier.create(num_pages, host_pages, budget, zero_freed),
         page_size=page_size,
     )
 
@@ -310,6 +313,7 @@ def free(table: PageTable, pages: jax.Array) -> PageTable:
 
     Those on the host go on the stack there.
     """
+    table = table.replace(tier=host_tier.note_freed(table.tier, pages))
     if table.tier.num_pages > 0:
         hosted = table.tier.is_hosted(pages)
         tier = host_tier.free(table.tier, jnp.where(hosted, pages, table.null))
@@ -327,6 +331,12 @@ def take_moves(table: PageTable) -> tuple[PageTable, Copies, Copies]:
     """The moves of the step to the host and back, for an executor; the table has none after."""
     tier = table.tier
     return table.replace(tier=host_tier.without_moves(tier)), tier.outs, tier.ins
+
+
+def take_freed(table: PageTable, copied: jax.Array) -> tuple[PageTable, Freed, Freed]:
+    """See `host_tier.take_freed`."""
+    tier, in_pool, on_host = host_tier.take_freed(table.tier, copied)
+    return table.replace(tier=tier), in_pool, on_host
 
 
 def page_owners(page_indices: jax.Array, num_pages: int) -> jax.Array:

@@ -49,12 +49,13 @@ def create(
     page_size: int,
     host_pages: int = 0,
     budget: int | None = None,
+    zero_freed: bool = False,
 ) -> PrefixCache:
     """Empty rows over a free pool, and an empty index; see `page_table.create`."""
     null = num_pages + host_pages
     return PrefixCache(
         table=page_table.create(
-            num_slots, pages_per_slot, num_pages, page_size, host_pages, budget
+            num_slots, pages_per_slot, num_pages, page_size, host_pages, budget, zero_freed
         ),
         index=prefix_index.create(null, page_size),
         queue=eviction.create(null),

@@ -28,6 +28,7 @@ class TierOps(NamedTuple):
     demand: Callable[..., jax.Array]  # (table, counts) -> pages that each row needs, i32[B]
     make_room: Callable[..., Any]  # (table, n) -> table, of which n pages are free if they can be
     take_moves: Callable[..., tuple]  # as in `page_table.take_moves`
+    take_freed: Callable[..., tuple]  # as in `page_table.take_freed`
 
 
 def movable(table: PageTable, rows: jax.Array) -> jax.Array:
@@ -96,6 +97,11 @@ def _take_moves_cached(cache: PrefixCache):
     return cache.replace(table=table), outs, ins
 
 
+def _take_freed_cached(cache: PrefixCache, copied: jax.Array):
+    table, in_pool, on_host = page_table.take_freed(cache.table, copied)
+    return cache.replace(table=table), in_pool, on_host
+
+
 PAGED = TierOps(
     movable,
     move_out,
@@ -103,6 +109,7 @@ PAGED = TierOps(
     demand=page_table.demand,
     make_room=lambda table, num_pages: table,
     take_moves=page_table.take_moves,
+    take_freed=page_table.take_freed,
 )
 
 
@@ -115,4 +122,5 @@ def with_prefix_cache(score: ScoreFn) -> TierOps:
         demand=lambda cache, counts: page_table.demand(cache.table, counts),
         make_room=partial(cache_state.make_room, score=score),
         take_moves=_take_moves_cached,
+        take_freed=_take_freed_cached,
     )

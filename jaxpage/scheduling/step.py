@@ -14,6 +14,7 @@ from flax import struct
 from jaxpage.config import EngineConfig
 from jaxpage.paging.allocator import Allocator
 from jaxpage.paging.copies import Copies
+from jaxpage.paging.freed import Freed
 from jaxpage.scheduling import beams
 from jaxpage.scheduling.admission import admit, share_prompts
 from jaxpage.scheduling.batch import (
@@ -45,7 +46,8 @@ class Plan(struct.PyTreeNode):
     `lengths` includes them, and `page_indices` holds their pages. Where `samples`, the sequence's
     next token is chosen from the state of the last of them; or from that of slot `states[b]`, which
     computed the prompt for both. Before anything is written, `moves_out` are made, then `copies`,
-    then `moves_in`, each in their order. All pages are places in the pool, or on the host.
+    each in their order; then `freed` pages are wiped, `moves_in` are made, and `host_freed` pages
+    are wiped. All pages are places in the pool, or on the host.
     """
 
     requests: jax.Array  # i32[B]; R for an empty slot
@@ -57,6 +59,8 @@ class Plan(struct.PyTreeNode):
     copies: Copies
     moves_out: Copies  # from pages to pages of the host
     moves_in: Copies  # from pages of the host to pages
+    freed: Freed
+    host_freed: Freed  # pages of the host
     num_found: jax.Array  # i32[], tokens of admitted sequences that need not be computed
     num_preempted: jax.Array  # i32[], sequences that lost pages to make this step
     num_recomputed: jax.Array  # i32[], tokens of the step that had been computed before
@@ -111,6 +115,9 @@ def plan_step(
     moves_out = moves_in = Copies.none(0, config.num_pages)
     if config.host_pages > 0 and allocator.tier is not None:
         table, moves_out, moves_in = allocator.tier.take_moves(table)
+    freed = host_freed = Freed.none(0)
+    if config.zero_freed and allocator.tier is not None:
+        table, freed, host_freed = allocator.tier.take_freed(table, batch.copies.live_targets)
     requests, num_recomputed = _computed(batch)
     state = state.replace(requests=requests, table=table, slots=slots)
     known = of_slots(state.requests.num_tokens, slots)
@@ -124,6 +131,8 @@ def plan_step(
         copies=batch.copies,
         moves_out=moves_out,
         moves_in=moves_in,
+        freed=freed,
+        host_freed=host_freed,
         num_found=batch.num_found,
         num_preempted=way.num_preempted,
         num_recomputed=num_recomputed,
