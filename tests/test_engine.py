@@ -142,9 +142,41 @@ def test_listeners_hear_every_token_once_and_in_order():
     assert journal.num_host_reads >= journal.num_steps / 2
 
 
+def test_what_is_asked_on_reading_a_result_is_served_as_if_asked_at_once():
+    engine = build()
+    first = [replace(r, id=f"{r.id}.0", max_new_tokens=4) for r in REQUESTS[:3]]
+
+    def next_turn(result):
+        conversation, turn = result.request.id.split(".")
+        if turn == "2":
+            return None
+        prompt = (*result.request.prompt_ids, *result.output_ids, 7, 8)
+        if conversation == "1":
+            prompt = (1,) * 60  # too long: it is refused, and its conversation ends
+        return replace(
+            result.request,
+            id=f"{conversation}.{int(turn) + 1}",
+            prompt_ids=prompt,
+            arrival_s=result.finish_s + 0.02,
+        )
+
+    results, _ = engine.serve(first, then=next_turn)
+    ids = [result.request.id for result in results]
+    assert ids[:3] == ["0.0", "1.0", "2.0"]
+    assert sorted(ids[3:]) == ["0.1", "0.2", "1.1", "2.1", "2.2"]
+    refused = results[ids.index("1.1")]
+    assert "60 tokens" in str(refused.error) and refused.output_ids == []
+    answered = [result for result in results if result is not refused]
+    assert all(r.first_token_s >= r.request.arrival_s for r in answered)
+    again = [replace(result.request, arrival_s=0.0) for result in answered]
+    assert outputs(engine.serve(again)[0]) == outputs(answered)
+
+
 def test_ids_must_be_distinct():
     with pytest.raises(ConfigError, match="'0' occurs twice"):
         build().serve([REQUESTS[0], REQUESTS[0]])
+    with pytest.raises(ConfigError, match="'0' occurs twice"):
+        build().serve(REQUESTS[:1], then=lambda result: result.request)
 
 
 @pytest.mark.parametrize(

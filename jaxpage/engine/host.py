@@ -5,6 +5,7 @@ what runs. Between two calls of the loop the host reads the log and the phases o
 and nothing else unless a request has ended or somebody listens to its tokens.
 """
 
+import bisect
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -33,6 +34,7 @@ from jaxpage.scheduling.state import (
 )
 
 TokenFn = Callable[[str, int, list[int]], None]  # (request id, which sample, its new tokens)
+ThenFn = Callable[[Result], Request | None]  # what a user asks on reading a result
 SEED_STRIDE = 0x9E3779B9  # between a request's samples: near 2**32 over the golden ratio
 
 
@@ -119,8 +121,11 @@ class Engine:
         steps_per_read: int | None = None,
         on_tokens: TokenFn | None = None,
         on_progress: Callable[[Journal, int], None] | None = None,
+        then: ThenFn | None = None,
     ) -> tuple[list[Result], Journal]:
         """Serves all requests, in the order of their arrival, and returns results in that given.
+
+        What `then` asked comes after them, in the order in which it asked.
 
         At its end it waits for the disk tier, if there is one; `wall_s` does not count that.
 
@@ -129,19 +134,13 @@ class Engine:
           steps_per_read: steps between two looks of the host; `log_steps` is the most and default.
           on_tokens: is told of new tokens of each request after each look.
           on_progress: is given the journal and the number of results so far after each look.
+          then: is given the result of each request that was served, and may return another one,
+            as the next turn of a conversation; that one is refused, served or queued as any other.
         """
-        requests = list(requests)
+        run = _Run(free_rows=list(range(self.setup.engine.num_requests - 1, -1, -1)))
         results: dict[str, Result] = {}
         for request in requests:
-            if request.id in results:
-                raise ConfigError(f"request id {request.id!r} occurs twice: ids must be distinct")
-            refusal = self.refusal(request)
-            results[request.id] = Result(request, error=refusal)
-        accepted = (r for r in requests if results[r.id].error is None)
-        run = _Run(
-            waiting=deque(sorted(accepted, key=lambda r: r.arrival_s)),
-            free_rows=list(range(self.setup.engine.num_requests - 1, -1, -1)),
-        )
+            self._receive(run, results, request)
         steps = steps_per_read or self.setup.engine.log_steps
         start_s = time.perf_counter()
         while run.waiting or run.active:
@@ -152,17 +151,29 @@ class Engine:
             before_s = time.perf_counter() - start_s
             self.advance(steps)
             self._read_log(run.journal, before_s, start_s)
-            self._read_requests(run, results, on_tokens)
+            for result in self._read_requests(run, results, on_tokens):
+                request = then(result) if then is not None else None
+                if request is not None:
+                    self._receive(run, results, request)
             if self._disk is not None:
                 self._disk.visit(self.state)
             if on_progress is not None:
                 running = {request.id for request, _ in run.active.values()}
-                on_progress(run.journal, len(requests) - len(run.waiting) - len(running))
+                on_progress(run.journal, len(results) - len(run.waiting) - len(running))
         run.journal.wall_s = time.perf_counter() - start_s
         if self._disk is not None:
             self._disk.flush(self.state)
             run.journal.disk = self._disk.take_counts()
-        return [results[request.id] for request in requests], run.journal
+        return list(results.values()), run.journal
+
+    def _receive(self, run: "_Run", results: dict[str, Result], request: Request) -> None:
+        """Refuses a request, or puts it among the waiting, after those that arrive with it."""
+        if request.id in results:
+            raise ConfigError(f"request id {request.id!r} occurs twice: ids must be distinct")
+        refusal = self.refusal(request)
+        results[request.id] = Result(request, error=refusal)
+        if refusal is None:
+            bisect.insort(run.waiting, request, key=lambda r: r.arrival_s)
 
     def _feed(self, run: "_Run", now_s: float) -> None:
         """Submits the requests that have arrived, as far as the queue has rows."""
@@ -226,13 +237,14 @@ class Engine:
 
     def _read_requests(
         self, run: "_Run", results: dict[str, Result], on_tokens: TokenFn | None
-    ) -> None:
-        """Collects the requests that ended and frees their rows; tells listeners of new tokens."""
+    ) -> list[Result]:
+        """Results of the requests that ended, whose rows it frees; tells listeners of tokens."""
         held = self.state.scheduler.requests
         phases = np.array(held.phases)
         ended = [row for row in run.active if phases[row] == DONE]
         if not ended and on_tokens is None:
-            return
+            return []
+        over = []
         known = jax.tree.map(np.array, held)
         for row, (request, sample) in run.active.items():
             # Until a beam search is over, nobody knows its tokens.
@@ -254,16 +266,18 @@ class Engine:
                 done.sort(key=lambda pair: pair[0])
                 first, *more = (result for sample, result in done if 0 <= sample < request.n)
                 results[request.id] = replace(first, more=tuple(more))
+                over.append(results[request.id])
             self.state = loop.forget(self.state, jnp.int32(row))
             run.free_rows.append(row)
+        return over
 
 
 @dataclass
 class _Run:
     """The host's side of one `serve`."""
 
-    waiting: deque[Request]
     free_rows: list[int]
+    waiting: deque[Request] = field(default_factory=deque)  # in the order of arrival
     active: dict[int, tuple[Request, int]] = field(default_factory=dict)  # and sample, by row
     done: dict[str, list[tuple[int, Result]]] = field(default_factory=dict)  # samples, by request
     told: dict[int, int] = field(default_factory=dict)  # tokens already read, by row
