@@ -8,6 +8,7 @@ linear in slots, none with the pool ten times larger; a tenth of a millisecond a
 It would be refuted by a step that scans the pool.
 """
 
+import itertools
 import json
 import time
 from functools import partial
@@ -21,10 +22,11 @@ from jax import lax
 from experiments import common
 from jaxpage.config import PREEMPTION_MODES, EngineConfig, require
 from jaxpage.paging.allocator import ALLOCATORS, CACHED, Allocator
+from jaxpage.paging.prefix_cache import PrefixCache
 from jaxpage.scheduling import state as scheduler_state
 from jaxpage.scheduling.beams import Candidates, num_candidates
-from jaxpage.scheduling.policies import POLICIES
-from jaxpage.scheduling.state import WAITING, SchedulerState
+from jaxpage.scheduling.policies import POLICIES, PolicyFn
+from jaxpage.scheduling.state import WAITING, Requests, SchedulerState
 from jaxpage.scheduling.step import Outcome, commit_step, plan_step
 
 FLAGS = flags.FLAGS
@@ -66,14 +68,53 @@ def main(_: list[str]) -> None:
                 preemption=FLAGS.preemption,
                 host_pages=0 if FLAGS.preemption == "recompute" else num_slots * PAGES_PER_SLOT,
             )
-            rows.append(measure(config, allocator))
+            rows.append(measure(config, allocator, FLAGS.policy, FLAGS.steps))
             print(json.dumps(rows[-1]), flush=True)
     common.print_last_line({"rows": rows, **common.provenance()})
 
 
-def measure(config: EngineConfig, allocator: Allocator) -> dict:
-    """Median microseconds a step over the chunks of steps in which most slots run."""
-    policy = POLICIES[FLAGS.policy]
+def measure(
+    config: EngineConfig,
+    allocator: Allocator,
+    policy: str,
+    steps_at_once: int,
+    is_full: bool = False,
+) -> dict:
+    """Median microseconds a step over the chunks of steps in which most slots run.
+
+    With `is_full` no page is free when that begins: queues of other prompts went before.
+    """
+    steps = compiled_steps(config, allocator, POLICIES[policy])
+    state = scheduler_state.create(config, allocator)
+    blank = jax.tree.map(np.array, state.requests)
+    state = _with_queue(state, blank, config, allocator, seed=0)
+    state, _, _ = jax.block_until_ready(steps(state, jnp.int32(1)))
+    for seed in itertools.count(1) if is_full else ():
+        assert isinstance(state.table, PrefixCache)  # nobody else keeps pages
+        if int(state.table.num_free) == 0:
+            break
+        state, _, _ = steps(state, jnp.int32(1_000_000))
+        state = _with_queue(state, blank, config, allocator, seed)
+    samples = []
+    while bool(jnp.any(state.unfinished)):
+        start_s = time.perf_counter()
+        state, count, running = jax.block_until_ready(steps(state, jnp.int32(steps_at_once)))
+        elapsed_s = time.perf_counter() - start_s
+        samples.append((int(running) / int(count), elapsed_s / int(count) * 1e6))
+    busiest = max(mean_running for mean_running, _ in samples)
+    busy = [step_us for mean_running, step_us in samples if mean_running > 0.8 * busiest]
+    return {
+        "num_slots": config.num_slots,
+        "num_pages": config.num_pages,
+        "step_us": float(np.median(busy)),
+        "mean_running_at_most": busiest,
+        "steps": int(state.step),
+        "violations": int(jnp.sum(allocator.violations(state.table))),
+    }
+
+
+def compiled_steps(config: EngineConfig, allocator: Allocator, policy: PolicyFn):
+    """A function of a state, donated, and how many steps at most: state, steps, rows that ran."""
     nothing_fails = Outcome(
         tokens=jnp.full((config.num_slots,), 5, jnp.int32),
         logprobs=jnp.zeros((config.num_slots,), jnp.float32),
@@ -96,24 +137,7 @@ def measure(config: EngineConfig, allocator: Allocator) -> dict:
         zero = jnp.asarray(0, jnp.int32)
         return lax.while_loop(goes_on, step, (state, zero, zero))
 
-    state = _full_queue(config, allocator)
-    state, _, _ = jax.block_until_ready(steps(state, jnp.int32(1)))
-    samples = []
-    while bool(jnp.any(state.unfinished)):
-        start_s = time.perf_counter()
-        state, count, running = jax.block_until_ready(steps(state, jnp.int32(FLAGS.steps)))
-        elapsed_s = time.perf_counter() - start_s
-        samples.append((int(running) / int(count), elapsed_s / int(count) * 1e6))
-    busiest = max(mean_running for mean_running, _ in samples)
-    busy = [step_us for mean_running, step_us in samples if mean_running > 0.8 * busiest]
-    return {
-        "num_slots": config.num_slots,
-        "num_pages": config.num_pages,
-        "step_us": float(np.median(busy)),
-        "mean_running_at_most": busiest,
-        "steps": int(state.step),
-        "violations": int(jnp.sum(allocator.violations(state.table))),
-    }
+    return steps
 
 
 def _no_candidates(config: EngineConfig) -> Candidates:
@@ -121,16 +145,17 @@ def _no_candidates(config: EngineConfig) -> Candidates:
     return Candidates(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
 
 
-def _full_queue(config: EngineConfig, allocator: Allocator) -> SchedulerState:
-    """A queue full of requests of random lengths, all waiting."""
-    rng = np.random.default_rng(0)
+def _with_queue(
+    state: SchedulerState, blank: Requests, config: EngineConfig, allocator: Allocator, seed: int
+) -> SchedulerState:
+    """With a queue full of requests of random lengths, all waiting, in `blank`, an empty one."""
+    rng = np.random.default_rng(seed)
     prompt_lens = rng.integers(20, 300, config.num_requests).astype(np.int32)
     output_lens = rng.integers(20, 400, config.num_requests).astype(np.int32)
-    state = scheduler_state.create(config, allocator)
     final_lens = jnp.asarray(prompt_lens + output_lens)
     reserved_lens = allocator.reserve(jnp.asarray(prompt_lens), final_lens, config.max_seq_len)
-    tokens = rng.integers(0, 50_000, state.requests.tokens.shape).astype(np.int32)
-    requests = state.requests.replace(
+    tokens = rng.integers(0, 50_000, blank.tokens.shape).astype(np.int32)
+    requests = jax.tree.map(jnp.array, blank).replace(
         tokens=jnp.asarray(tokens),
         prompt_lens=jnp.asarray(prompt_lens),
         num_tokens=jnp.asarray(prompt_lens).copy(),

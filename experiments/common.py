@@ -163,17 +163,19 @@ def engine_for(
     model: LoadedModel,
     params: dict,
     config: EngineConfig,
-    allocator: str,
+    allocator: str | Allocator,
     disk: DiskConfig | None = None,
 ) -> Engine:
     """An engine on parameters that are already in serving form, to be shared by several.
+
+    An allocator's name is read as `allocator_named` does.
 
     Its pages outlive it in the folder of `disk`, by default that of the flags.
     """
     setup = Setup(
         model=model.config,
         engine=config,
-        allocator=allocator_named(allocator),
+        allocator=allocator_named(allocator) if isinstance(allocator, str) else allocator,
         policy=POLICIES[FLAGS.policy],
         attention=attention_named(FLAGS.attention),
     )

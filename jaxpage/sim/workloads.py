@@ -77,7 +77,7 @@ def sharegpt_prompts(
     """
     _check_limits(num, max_prompt_tokens, max_output_tokens)
     items = []
-    for record_id, turns in _human_first(sharegpt_records()):
+    for record_id, turns in human_first(sharegpt_records()):
         reply = turns[1]["value"] if len(turns) > 1 and turns[1]["from"] == "gpt" else ""
         reply_len = len(tokenizer.encode(reply))
         if reply_len > 0:
@@ -99,7 +99,7 @@ def bench_prompts(
     """
     _check_limits(num, max_prompt_tokens, max_new_tokens)
     items = []
-    for record_id, turns in _human_first(sharegpt_records()):
+    for record_id, turns in human_first(sharegpt_records()):
         prompt = turns[0]["value"]
         items.append(_work_item(tokenizer, record_id, prompt, max_prompt_tokens, max_new_tokens))
         if len(items) == num:
@@ -163,7 +163,7 @@ def iterate_json_array(file: IO[str]) -> Iterator[dict]:
             yield record
 
 
-def _human_first(records: Iterator[dict]) -> Iterator[tuple[str, list[dict]]]:
+def human_first(records: Iterator[dict]) -> Iterator[tuple[str, list[dict]]]:
     """Id and turns of the conversations whose first turn is a human's and not empty."""
     for record in records:
         turns = record["conversations"]
