@@ -267,6 +267,7 @@ def test_a_workload_of_sharegpt_is_cut_as_asked_and_can_be_read(tmp_path):
         "generate",
         "serve",
         "bench_engine",
+        "bench_prefix",
         "bench_scheduler",
         "claim_eviction",
         "claim_sharing",
