@@ -7,7 +7,7 @@ pages, and the event did what a model of a few lines says. Each test prints what
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cached_world import cached_universe
+from cached_events import cached_universe
 from event_search import Report, Universe, Verb, explore, try_every_sequence, walk
 from paged_world import paged_universe
 
