@@ -5,15 +5,15 @@
 First ShareGPT's conversations on the real model, all at once, each next turn as soon as its answer
 is there: with a prefix cache, and without one. A later prompt holds all that was said before, so
 with the cache only its end is new. Rounds with and without alternate, and the speed-up is that of
-the medians. Then the scheduler alone, at pools of `--pool_pages` pages that earlier
-sequences have filled, so that every page taken evicts one: microseconds a step with the index, and
-of the bare page table. FILE gets a row a round and a pool. About seven minutes on two cores.
+the medians. Then the scheduler alone, at pools of `--pool_pages` pages that earlier sequences have
+filled, so that whoever takes a page evicts one: microseconds a step with the index, and of the bare
+page table. FILE gets a row a round and a pool. About six minutes on two cores.
 Expected: at least half of the prompt tokens are hits, outputs come sooner, and the index costs a
 step no more than twice as much at a million pages as at ten thousand. Refuted if not.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from absl import flags
@@ -23,7 +23,6 @@ from jaxpage.checkpoint.load import LoadedModel
 from jaxpage.config import EngineConfig, require
 from jaxpage.engine.host import Engine, Journal
 from jaxpage.engine.request import Request, Result
-from jaxpage.engine.sizing import engine_config
 from jaxpage.model.placement import serving_params
 from jaxpage.paging.allocator import ALLOCATORS, CACHED
 from jaxpage.sim.conversations import Conversation, sharegpt_conversations
@@ -78,24 +77,22 @@ def pool_of(text: str) -> int:
     return int(text)
 
 
-def talk_rounds(model: LoadedModel):
-    """A row a round: all conversations on a new engine with a prefix cache, and without one."""
+def talk_rounds(model: LoadedModel) -> Iterator[dict]:
+    """A row a round: all conversations on a new engine without a prefix cache, and with one.
+
+    Without goes first, so that flags which need a cache are refused at once.
+    """
     conversations = sharegpt_conversations(
         common.tokenizer_of(model), FLAGS.conversations, MAX_TOKENS, MAX_OUTPUT_TOKENS
     )
-    config = engine_config(
-        model.config,
+    config = common.config_by_flags(
+        model,
         max_seq_len=MAX_TOKENS,
-        num_slots=FLAGS.num_slots,
         num_requests=FLAGS.conversations,
-        page_size=FLAGS.page_size,
-        kv_dtype=FLAGS.dtype,
-        batch_invariant=FLAGS.batch_invariant,
-        **common.memory_flags(),
     )
     params = serving_params(model.params, FLAGS.dtype)
     for number in range(FLAGS.rounds):
-        for has_cache in (True, False):
+        for has_cache in (False, True):
             allocator = CACHED[FLAGS.eviction] if has_cache else ALLOCATORS["paged"]
             engine = common.engine_for(model, params, config, allocator)
             engine.compile()

@@ -26,7 +26,6 @@ from jaxpage.config import EngineConfig, require
 from jaxpage.engine.disk_tier import DiskConfig
 from jaxpage.engine.host import Engine
 from jaxpage.engine.request import Request
-from jaxpage.engine.sizing import engine_config
 from jaxpage.model.params import Params
 from jaxpage.model.placement import serving_params
 from jaxpage.paging.kv_pool import page_bytes
@@ -57,15 +56,10 @@ def main(_: list[str]) -> None:
     )
     model = common.load_flagged_model()
     prefix, questions = read_prompts(model)
-    config = engine_config(
-        model.config,
+    config = common.config_by_flags(
+        model,
         max_seq_len=len(prefix) + QUESTION_TOKENS + NEW_TOKENS,
-        num_slots=FLAGS.num_slots,
         num_requests=FLAGS.num_slots,
-        page_size=FLAGS.page_size,
-        kv_dtype=FLAGS.dtype,
-        batch_invariant=FLAGS.batch_invariant,
-        **common.memory_flags(),
     )
     params = serving_params(model.params, FLAGS.dtype)
     with disk_folder() as folder:
@@ -97,8 +91,14 @@ def main(_: list[str]) -> None:
 
 @contextlib.contextmanager
 def disk_folder() -> Iterator[str]:
-    """`--disk_dir`, or a folder that is removed in the end."""
+    """`--disk_dir`, in which nothing may be yet, or a folder that is removed in the end."""
     if FLAGS.disk_dir is not None:
+        folder = common.make_folder(FLAGS.disk_dir)
+        require(
+            not any(folder.iterdir()),
+            f"--disk_dir={FLAGS.disk_dir} is not empty, and a prompt that is found there would not "
+            "be cold: name an empty folder",
+        )
         yield FLAGS.disk_dir
     else:
         with tempfile.TemporaryDirectory(prefix="jaxpage-") as folder:

@@ -25,7 +25,6 @@ from jaxpage.checkpoint.load import LoadedModel
 from jaxpage.config import EngineConfig, require
 from jaxpage.engine.host import Engine
 from jaxpage.engine.request import Request, Result
-from jaxpage.engine.sizing import engine_config
 from jaxpage.sim.workloads import serving_workload
 
 FLAGS = flags.FLAGS
@@ -118,16 +117,11 @@ def size(model: LoadedModel) -> EngineConfig:
     """A pool that holds all that a round leaves in the cache, so that nothing sent is evicted."""
     pages_each = -(-(FLAGS.secret_tokens + 1) // FLAGS.page_size)
     prompts = 2 * FLAGS.secrets + FLAGS.secrets // 2 + OWN_PROMPTS + FLAGS.num_slots
-    return engine_config(
-        model.config,
+    return common.config_by_flags(
+        model,
         max_seq_len=FLAGS.secret_tokens + 1,
-        num_slots=FLAGS.num_slots,
         num_requests=FLAGS.secrets,
-        page_size=FLAGS.page_size,
-        kv_dtype=FLAGS.dtype,
         num_pages=prompts * pages_each,
-        batch_invariant=FLAGS.batch_invariant,
-        **common.memory_flags(),
     )
 
 

@@ -201,12 +201,6 @@ def allocator_named(name: str) -> Allocator:
     return CACHED[FLAGS.eviction] if name == "paged" and FLAGS.prefix_cache else ALLOCATORS[name]
 
 
-def memory_flags() -> dict[str, Any]:
-    """What the flags say of pages that are given up, for `engine_config`."""
-    names = ("preemption", "host_bytes", "transfer_budget", "zero_freed")
-    return {name: getattr(FLAGS, name) for name in names}
-
-
 @functools.cache  # programs are compiled for each object
 def attention_named(name: str) -> AttentionFn:
     """The attention of `--attention`; one that cannot run here is an error at once."""
@@ -289,17 +283,17 @@ def workload_flagged() -> list[Request] | None:
 
 
 def config_for(model: LoadedModel, requests: Sequence[Request], **capacities: Any) -> EngineConfig:
-    """A configuration that holds all of `requests`; slots, pages' size and mode by flag."""
-    return engine_config(
-        model.config,
-        max_seq_len=max(len(r.prompt_ids) + r.max_new_tokens for r in requests),
-        num_slots=FLAGS.num_slots,
-        num_requests=len(requests),
-        page_size=FLAGS.page_size,
-        kv_dtype=FLAGS.dtype,
-        batch_invariant=FLAGS.batch_invariant,
-        **(memory_flags() | capacities),
-    )
+    """A configuration that holds all of `requests`; the rest as in `config_by_flags`."""
+    longest = max(len(r.prompt_ids) + r.max_new_tokens for r in requests)
+    return config_by_flags(model, max_seq_len=longest, num_requests=len(requests), **capacities)
+
+
+def config_by_flags(model: LoadedModel, **capacities: Any) -> EngineConfig:
+    """`engine_config` of `capacities`, and by flag whatever they do not name."""
+    names = ("num_slots", "page_size", "batch_invariant", "preemption", "host_bytes")
+    names += ("transfer_budget", "zero_freed")
+    by_flag = {name: getattr(FLAGS, name) for name in names}
+    return engine_config(model.config, **(by_flag | {"kv_dtype": FLAGS.dtype} | capacities))
 
 
 def read_jsonl(path: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -22,7 +22,6 @@ from experiments import common
 from jaxpage.config import require
 from jaxpage.engine.host import Engine
 from jaxpage.engine.request import Request
-from jaxpage.engine.sizing import engine_config
 from jaxpage.sim.workloads import TextCodec, WorkItem, serving_workload
 
 FLAGS = flags.FLAGS
@@ -57,16 +56,11 @@ def main(_: list[str]) -> None:
     with common.open_for_writing(FLAGS.out) as out:
         model = common.load_flagged_model()
         tokenizer = common.tokenizer_of(model)
-        config = engine_config(
-            model.config,
+        config = common.config_by_flags(
+            model,
             max_seq_len=2 * FLAGS.max_tokens,
-            num_slots=FLAGS.num_slots,
             num_requests=4 * FLAGS.num_slots,
-            page_size=FLAGS.page_size,
-            kv_dtype=FLAGS.dtype,
-            batch_invariant=FLAGS.batch_invariant,
             max_beams=WIDTHS[-1],
-            **common.memory_flags(),
         )
         engine = common.build_engine(model, config)
         engine.compile()

@@ -20,7 +20,6 @@ from jaxpage.checkpoint.load import LoadedModel
 from jaxpage.config import ConfigError, EngineConfig, require
 from jaxpage.engine.host import Journal
 from jaxpage.engine.request import Request, Result
-from jaxpage.engine.sizing import engine_config
 
 FLAGS = flags.FLAGS
 
@@ -175,16 +174,11 @@ def _size(model: LoadedModel, requests: list[Request]) -> EngineConfig:
     """Slots as long as the longest request that the model can take."""
     lengths = [len(r.prompt_ids) + max(r.max_new_tokens, 1) for r in requests]
     longest = max([n for n in lengths if n <= model.config.max_position], default=1)
-    return engine_config(
-        model.config,
+    return common.config_by_flags(
+        model,
         max_seq_len=longest,
-        num_slots=FLAGS.num_slots,
         num_requests=min(max(sum(r.num_rows for r in requests), 2 * FLAGS.num_slots), 1024),
-        page_size=FLAGS.page_size,
-        kv_dtype=FLAGS.dtype,
         num_pages=FLAGS.num_pages,
-        batch_invariant=FLAGS.batch_invariant,
-        **common.memory_flags(),
         max_beams=min(max([r.num_beams for r in requests], default=1), FLAGS.num_slots),
     )
 

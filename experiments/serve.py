@@ -22,7 +22,6 @@ from jaxpage.checkpoint.load import LoadedModel
 from jaxpage.config import ConfigError
 from jaxpage.engine.host import Engine, Journal
 from jaxpage.engine.request import Request, Result
-from jaxpage.engine.sizing import engine_config
 from jaxpage.sim.metrics import summarise
 from jaxpage.sim.workloads import WorkItem, Workload, serving_workload
 
@@ -69,16 +68,12 @@ def read_workload(model: LoadedModel) -> Workload:
 
 def budgeted_config(model: LoadedModel, num_requests: int):
     """Capacities within `--kv_bytes`, for any request of the workload."""
-    return engine_config(
-        model.config,
+    return common.config_by_flags(
+        model,
         max_seq_len=MAX_PROMPT_TOKENS + MAX_OUTPUT_TOKENS,
         num_slots=min(FLAGS.num_slots, num_requests),
         num_requests=num_requests,
-        page_size=FLAGS.page_size,
-        kv_dtype=FLAGS.dtype,
         kv_bytes=FLAGS.kv_bytes,
-        batch_invariant=FLAGS.batch_invariant,
-        **common.memory_flags(),
         record_page_map=True,
     )
 

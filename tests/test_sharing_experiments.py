@@ -1,10 +1,14 @@
 """What the experiments on sharing and eviction make of a run's records."""
 
+import types
+from pathlib import Path
+
 import numpy as np
 import pytest
 from recorded_text import Letters
 
-from experiments import claim_eviction, fig15_sharing_savings
+from experiments import claim_eviction, claim_sharing, fig15_sharing_savings
+from jaxpage.config import ConfigError
 from jaxpage.engine.host import Journal
 from jaxpage.engine.request import Request, Result
 from jaxpage.scheduling.accounting import StepRecord
@@ -41,6 +45,23 @@ def test_fine_is_compared_with_swap_only_where_both_ran():
         "fine_over_swap_inter_token_p99_s": 0.5,
         "fine_over_swap_output_tokens_per_s": 1.0,
     }
+
+
+def test_a_folder_that_may_hold_the_prompts_is_refused(monkeypatch, tmp_path):
+    flags = types.SimpleNamespace(disk_dir=str(tmp_path / "new"))
+    monkeypatch.setattr(claim_sharing, "FLAGS", flags)
+    with claim_sharing.disk_folder() as folder:
+        assert folder == flags.disk_dir
+    (tmp_path / "new" / "page").touch()
+    with (
+        pytest.raises(ConfigError, match=r"disk_dir=.*new is not empty.*name an empty folder"),
+        claim_sharing.disk_folder(),
+    ):
+        pass
+    flags.disk_dir = None
+    with claim_sharing.disk_folder() as folder:
+        assert Path(folder).is_dir()
+    assert not Path(folder).exists()
 
 
 def test_alpacas_lengths_are_those_of_its_deciles(monkeypatch):
