@@ -26,7 +26,7 @@ def faults_of(world: CachedWorld) -> Faults:
     named = page_bytes.references(cache.page_indices, cache.num_pages) > 0
     in_use = count(named) + cache.num_free + cache.num_cached
     queue, usage = cache.queue, cache.index.usage(jnp.arange(cache.num_pages, dtype=jnp.int32))
-    scores, last_used = (x.reshape(-1)[: cache.num_pages] for x in (queue.scores, queue.last_used))
+    scores, last_used = queue.keys.reshape(2, -1)[:, : cache.num_pages]
     is_leaf = cache.is_cached & (cache.index.num_children == 0)
     stale = (scores != world.score(usage)) | (last_used != usage.last_used)
     now = page_bytes.read(world.pool, cache.page_indices)

@@ -49,10 +49,13 @@ def copies_by_shape(allocator, config=CONFIG) -> Counter:
     return Counter(re.findall(r"= \w+\[([\d,]*)\]\S* copy\(", compiled))
 
 
-def test_pages_that_move_copy_no_array_of_a_tiers_size():
+@pytest.mark.parametrize("allocator", [ALLOCATORS["paged"], CACHED["lru"]], ids=["paged", "lru"])
+def test_pages_that_move_copy_no_array_of_a_tiers_size(allocator):
     config = replace(CONFIG, preemption="fine", host_pages=6007)
-    copies = copies_by_shape(CACHED["lru"], config)
-    assert copies["6007"] == 0
+    copies = copies_by_shape(allocator, config)
+    keys = eviction.create(NUM_PAGES + 6007, num_tiers=2).keys.shape
+    for shape in ("6007", str(NUM_PAGES + 6007), ",".join(map(str, keys))):
+        assert copies[shape] == 0
     assert copies[str(NUM_PAGES)] <= 2
 
 
@@ -60,7 +63,7 @@ def test_pages_that_move_copy_no_array_of_a_tiers_size():
 def test_no_step_copies_an_array_of_the_pools_or_the_tables_size(name):
     copies = copies_by_shape((ALLOCATORS | CACHED)[name])
     assert copies  # the pattern finds copies
-    width = eviction.create(NUM_PAGES).scores.shape
+    width = eviction.create(NUM_PAGES).keys.shape
     for shape in (f"{NUM_SLOTS},{PAGES_PER_SLOT}", ",".join(map(str, width))):
         assert copies[shape] == 0
     # Two in the branch for shared pages that are too few, which looks through the pool anyway.

@@ -12,6 +12,8 @@ from jaxpage.paging.in_place import first_read
 from jaxpage.paging.page_table import PageTable
 from jaxpage.paging.prefix_index import PrefixIndex
 
+POOL, HOST = 0, 1  # the queue's tiers
+
 
 class PrefixCache(struct.PyTreeNode):
     """A page table, the index over its pages, and the queues of those that may leave it.
@@ -24,8 +26,7 @@ class PrefixCache(struct.PyTreeNode):
 
     table: PageTable
     index: PrefixIndex
-    queue: EvictionQueue  # cached pages of the pool that no page of the pool follows
-    host_queue: EvictionQueue  # cached pages of the host that no page follows
+    queue: EvictionQueue  # cached pages that no page follows, or none of the pool one of the pool
     num_cached: jax.Array  # i32[], pages of the pool in the index that nobody holds
     num_host_cached: jax.Array  # i32[], the same of the host
     hosted_children: jax.Array  # i32[P + H], pages of the host that name it as parent
@@ -99,14 +100,11 @@ class PrefixCache(struct.PyTreeNode):
 
 def take(cache: PrefixCache, pages: jax.Array) -> PrefixCache:
     """Adds a reference to each of `pages: i32[n]`, a chain of the index; `P + H` is none."""
-    null = cache.null
     owners, pages = first_read(at(cache.table.ref_counts, pages, fill=1), pages)
     wakes, hosted = owners == 0, cache.tier.is_hosted(pages)
+    for page in last_by_tier(cache, pages, wakes):
+        cache = unqueue(cache, page)
     index = cache.index
-    # Only the last of a chain in each tier can be a leaf, and be queued.
-    cache = unqueue(cache, last_of(pages, wakes & ~hosted, null))
-    if cache.tier.num_pages > 0:
-        cache = unqueue(cache, last_of(pages, wakes & hosted, null))
     return cache.replace(
         table=cache.table.replace(ref_counts=cache.table.ref_counts.at[pages].add(1, mode="drop")),
         index=index.replace(
@@ -130,34 +128,29 @@ def make_room(cache: PrefixCache, num_pages: jax.Array, score: ScoreFn) -> Prefi
 
     def leave(cache):
         """One page leaves the pool; or the host, so that the next one finds room there."""
-        page, tier = eviction.first(cache.queue), cache.tier
+        page, tier = eviction.first(cache.queue, POOL), cache.tier
         if tier.num_pages == 0:
             return evict(cache, page, score)
         # Nobody holds what follows a cached page: if any is on the host, one can be evicted there.
         has_room = tier.num_free + cache.num_host_cached > 0
-        goes = (tier.outs.count < tier.budget) | (cache.hosted_children[page] > 0)
-        goes &= has_room
-        is_full = goes & (tier.num_free == 0)
-        return lax.cond(
-            goes & ~is_full,
-            lambda cache: enqueue_leaf(move_out(cache, page, score), page, score),
-            lambda cache: evict(
-                cache, jnp.where(is_full, eviction.first(cache.host_queue), page), score
-            ),
-            cache,
-        )
+        is_followed, cache = first_read(cache.hosted_children[page] > 0, cache)
+        goes = ((tier.outs.count < tier.budget) | is_followed) & has_room
+        moves, is_full = goes & (tier.num_free > 0), goes & (tier.num_free == 0)
+        page = jnp.where(is_full, eviction.first(cache.queue, HOST), page)
+        # One of the two is none: branches would have to copy what only one of them changes.
+        moved = jnp.where(moves, page, cache.null)
+        cache, parent = _move(unqueue(cache, page), moved)
+        cache, lost_parent = _drop(cache, jnp.where(moves, cache.null, page))
+        cache = enqueue_leaf(cache, jnp.minimum(parent, lost_parent), score)
+        return enqueue_leaf(cache, moved, score)
 
     return lax.while_loop(is_short, leave, cache)
 
 
 def make_host_room(cache: PrefixCache, score: ScoreFn) -> PrefixCache:
     """Evicts a cached page of the host if none is free there."""
-    return lax.cond(
-        cache.tier.num_free == 0,
-        lambda cache: evict(cache, eviction.first(cache.host_queue), score),
-        lambda cache: cache,
-        cache,
-    )
+    page = eviction.first(cache.queue, HOST)
+    return evict(cache, jnp.where(cache.tier.num_free == 0, page, cache.null), score)
 
 
 def move_out(cache: PrefixCache, page: jax.Array, score: ScoreFn) -> PrefixCache:
@@ -165,9 +158,21 @@ def move_out(cache: PrefixCache, page: jax.Array, score: ScoreFn) -> PrefixCache
 
     It stays in the index if it is there. Rows that hold it are not told.
     """
-    cache = unqueue(cache, page)
-    is_cached = (at(cache.table.ref_counts, page) == 0).astype(jnp.int32)
-    parent = cache.index.parents[page]  # no page, if the index does not have it
+    cache, parent = _move(unqueue(cache, page), page)
+    return enqueue_leaf(cache, parent, score)
+
+
+def evict(cache: PrefixCache, page: jax.Array, score: ScoreFn) -> PrefixCache:
+    """Takes a cached page that no page follows out of the index, and frees it; or none."""
+    cache, parent = _drop(unqueue(cache, page), page)
+    return enqueue_leaf(cache, parent, score)
+
+
+def _move(cache: PrefixCache, page: jax.Array) -> tuple[PrefixCache, jax.Array]:
+    """`move_out`, but for the queue; and the page's parent."""
+    is_cached = (at(cache.table.ref_counts, page, fill=1) == 0).astype(jnp.int32)
+    parent = at(cache.index.parents, page, fill=cache.null)  # none, if it is not in the index
+    parent, cache = first_read(parent, cache)
     tier, spare = host_tier.leave(cache.tier, page)
     cache = cache.replace(
         table=page_table.free(cache.table.replace(tier=tier), spare[None]),
@@ -176,23 +181,22 @@ def move_out(cache: PrefixCache, page: jax.Array, score: ScoreFn) -> PrefixCache
         hosted_children=cache.hosted_children.at[parent].add(1, mode="drop"),
         twins=jnp.where(cache.twins == page, cache.null, cache.twins),
     )
-    return enqueue_leaf(cache, parent, score)
+    return cache, parent
 
 
-def evict(cache: PrefixCache, page: jax.Array, score: ScoreFn) -> PrefixCache:
-    """Takes a cached page that no page follows out of the index, and frees it."""
-    hosted = cache.tier.is_hosted(page).astype(jnp.int32)
-    cache = unqueue(cache, page)
+def _drop(cache: PrefixCache, page: jax.Array) -> tuple[PrefixCache, jax.Array]:
+    """`evict`, but for the queue; and the page's parent."""
+    is_page, hosted = page < cache.null, cache.tier.is_hosted(page).astype(jnp.int32)
     index, parent = prefix_index.drop(cache.index, page)
     cache = cache.replace(
         table=page_table.free(cache.table, page[None]),
         index=index,
-        num_cached=cache.num_cached - (1 - hosted),
+        num_cached=cache.num_cached - (is_page.astype(jnp.int32) - hosted),
         num_host_cached=cache.num_host_cached - hosted,
         hosted_children=cache.hosted_children.at[parent].add(-hosted, mode="drop"),
         twins=jnp.where(cache.twins == page, cache.null, cache.twins),
     )
-    return enqueue_leaf(cache, parent, score)
+    return cache, parent
 
 
 def enqueue_leaf(cache: PrefixCache, page: jax.Array, score: ScoreFn) -> PrefixCache:
@@ -207,31 +211,36 @@ def enqueue_leaf(cache: PrefixCache, page: jax.Array, score: ScoreFn) -> PrefixC
     is_leaf &= owners == 0
     usage = index.usage(jnp.where(is_leaf, page, 0))
     leaf = jnp.where(is_leaf, page, eviction.NEVER)
-
-    def put(queue: EvictionQueue, leaf: jax.Array) -> EvictionQueue:
-        return eviction.put(queue, leaf, score(usage), usage.last_used)
-
-    if cache.tier.num_pages == 0:
-        return cache.replace(queue=put(cache.queue, leaf))
-    return cache.replace(
-        queue=put(cache.queue, jnp.where(hosted, eviction.NEVER, leaf)),
-        host_queue=put(cache.host_queue, jnp.where(hosted, leaf, eviction.NEVER)),
-    )
+    key = jnp.stack([score(usage), usage.last_used])
+    return cache.replace(queue=eviction.put(cache.queue, _tier_of(cache, page), leaf, key))
 
 
 def unqueue(cache: PrefixCache, page: jax.Array) -> PrefixCache:
-    """Takes `page: i32[]`, which may be none, out of the queue of its tier, if it is in."""
+    """Takes `page: i32[]`, which may be none, out of the queue, if it is in."""
+    tier, cache = first_read(_tier_of(cache, page), cache)
     page = jnp.where(page < cache.null, page, eviction.NEVER)
+    return cache.replace(queue=eviction.remove(cache.queue, tier, page))
+
+
+def _tier_of(cache: PrefixCache, page: jax.Array) -> jax.Array | int:
     if cache.tier.num_pages == 0:
-        return cache.replace(queue=eviction.remove(cache.queue, page))
-    hosted = cache.tier.is_hosted(page)
-    return cache.replace(
-        queue=eviction.remove(cache.queue, jnp.where(hosted, eviction.NEVER, page)),
-        host_queue=eviction.remove(cache.host_queue, jnp.where(hosted, page, eviction.NEVER)),
-    )
+        return POOL
+    return jnp.where(cache.tier.is_hosted(page), HOST, POOL)
 
 
-def last_of(pages: jax.Array, chosen: jax.Array, null: int) -> jax.Array:
+def last_by_tier(cache: PrefixCache, chain: jax.Array, chosen: jax.Array) -> list[jax.Array]:
+    """The last of `chain: i32[n]` in each tier that is `chosen: bool[n]`, `P + H` if none is.
+
+    No other page of a chain can be a leaf.
+    """
+    hosted = cache.tier.is_hosted(chain)
+    last = _last_of(chain, chosen & ~hosted, cache.null)
+    if cache.tier.num_pages == 0:
+        return [last]
+    return [last, _last_of(chain, chosen & hosted, cache.null)]
+
+
+def _last_of(pages: jax.Array, chosen: jax.Array, null: int) -> jax.Array:
     """The last of `pages: i32[n]` that are `chosen: bool[n]`, `null` if none is; `i32[]`."""
     place = jnp.max(jnp.where(chosen, jnp.arange(pages.shape[0], dtype=jnp.int32), -1))
     return jnp.where(place >= 0, pages[jnp.maximum(place, 0)], null)

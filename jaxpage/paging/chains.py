@@ -11,7 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxpage.paging import page_table, prefix_index
-from jaxpage.paging.cache_state import PrefixCache, at, enqueue_leaf, last_of, make_room, take
+from jaxpage.paging.cache_state import (
+    PrefixCache,
+    at,
+    enqueue_leaf,
+    last_by_tier,
+    make_room,
+    take,
+)
 from jaxpage.paging.eviction import ScoreFn
 from jaxpage.paging.prefix_index import Entries, HashFn
 
@@ -111,4 +118,6 @@ def _let_go(cache: PrefixCache, chain: jax.Array, pages: jax.Array, score: Score
         num_cached=cache.num_cached + jnp.sum(sleeps, dtype=jnp.int32),
     )
     line = jnp.concatenate([chain, pages])
-    return enqueue_leaf(cache, last_of(line, line < cache.null, cache.null), score)
+    for page in last_by_tier(cache, line, line < cache.null):
+        cache = enqueue_leaf(cache, page, score)
+    return cache

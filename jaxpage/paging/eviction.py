@@ -56,69 +56,59 @@ EVICTION_POLICIES: dict[str, ScoreFn] = {
 
 
 class EvictionQueue(struct.PyTreeNode):
-    """Scores of all pages in blocks of about `sqrt(P)`, and the lowest of each block.
+    """A key for each page by tier, in blocks of about `sqrt(P)`, and the lowest of each block.
 
-    The lowest of all is found in two looks, and a change touches one block: the work of both grows
-    with the square root of the pool, in one vector operation each.
+    A key is a score and, to break ties, the last use. The lowest of a tier is found in two looks,
+    and a change touches one block: the work of both grows with the square root of the pool, in one
+    vector operation each.
     """
 
-    scores: jax.Array  # i32[blocks, W], NEVER where a page is not queued
-    last_used: jax.Array  # i32[blocks, W], breaks ties
-    lowest_scores: jax.Array  # i32[blocks]
-    lowest_used: jax.Array  # i32[blocks], of the lowest score
+    keys: jax.Array  # i32[2, T, blocks, W], NEVER where a page is not queued
+    lowest: jax.Array  # i32[2, T, blocks]
 
     @property
     def width(self) -> int:
-        return self.scores.shape[1]
+        return self.keys.shape[3]
 
 
-def create(num_pages: int) -> EvictionQueue:
-    """An empty queue for pages below `num_pages`."""
+def create(num_pages: int, num_tiers: int = 1) -> EvictionQueue:
+    """An empty queue for pages below `num_pages`, each of which may be in any of the tiers."""
     width = 1 << (max(num_pages - 1, 1).bit_length() + 1) // 2
-    blocks = -(-num_pages // width)
+    shape = (2, num_tiers, -(-num_pages // width))
     return EvictionQueue(
-        scores=jnp.full((blocks, width), NEVER, jnp.int32),
-        last_used=jnp.full((blocks, width), NEVER, jnp.int32),
-        lowest_scores=jnp.full((blocks,), NEVER, jnp.int32),
-        lowest_used=jnp.full((blocks,), NEVER, jnp.int32),
+        keys=jnp.full((*shape, width), NEVER, jnp.int32), lowest=jnp.full(shape, NEVER, jnp.int32)
     )
 
 
 def put(
-    queue: EvictionQueue, page: jax.Array, score: jax.Array, last_used: jax.Array
+    queue: EvictionQueue, tier: jax.Array | int, page: jax.Array, key: jax.Array
 ) -> EvictionQueue:
-    """Gives `page: i32[]` a score; `NEVER` takes it out. Page `NEVER` is none: nothing changes."""
+    """Gives `page: i32[]` of a tier a `key: i32[2]`. Page `NEVER` is none: nothing changes."""
     block, place = page // queue.width, page % queue.width
-    scores = queue.scores.at[block, place].set(score, mode="drop")
-    used = queue.last_used.at[block, place].set(last_used, mode="drop")
-    row = scores.at[block].get(mode="fill", fill_value=NEVER)
-    lowest = _lowest(row, used.at[block].get(mode="fill", fill_value=NEVER))
-    (lowest, lowest_used), scores, used = first_read(lowest, scores, used)
-    return queue.replace(
-        scores=scores,
-        last_used=used,
-        lowest_scores=queue.lowest_scores.at[block].set(lowest, mode="drop"),
-        lowest_used=queue.lowest_used.at[block].set(lowest_used, mode="drop"),
-    )
+    keys = queue.keys.at[:, tier, block, place].set(key, mode="drop")
+    lowest = _lowest(keys.at[:, tier, block].get(mode="fill", fill_value=NEVER))
+    lowest, keys = first_read(lowest, keys)
+    return EvictionQueue(keys, queue.lowest.at[:, tier, block].set(lowest, mode="drop"))
 
 
-def remove(queue: EvictionQueue, page: jax.Array) -> EvictionQueue:
-    """Takes a page out, if it is in."""
-    never = jnp.asarray(NEVER, jnp.int32)
-    return put(queue, page, never, never)
+def remove(queue: EvictionQueue, tier: jax.Array | int, page: jax.Array) -> EvictionQueue:
+    """Takes a page of a tier out, if it is in."""
+    return put(queue, tier, page, jnp.full((2,), NEVER, jnp.int32))
 
 
-def first(queue: EvictionQueue) -> jax.Array:
-    """The page to evict next, `i32[]`; meaningless if the queue is empty."""
-    block = _argmin(queue.lowest_scores, queue.lowest_used)
-    return block * queue.width + _argmin(queue.scores[block], queue.last_used[block])
+def first(queue: EvictionQueue, tier: int) -> jax.Array:
+    """The page of a tier to evict next, `i32[]`; meaningless if none is queued there."""
+    block = _argmin(queue.lowest[:, tier])
+    return block * queue.width + _argmin(queue.keys[:, tier, block])
 
 
-def _lowest(scores: jax.Array, last_used: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _lowest(keys: jax.Array) -> jax.Array:
+    """The lowest of `keys: i32[2, W]`, `i32[2]`."""
+    scores, last_used = keys
     score = jnp.min(scores)
-    return score, jnp.min(jnp.where(scores == score, last_used, NEVER))
+    return jnp.stack([score, jnp.min(jnp.where(scores == score, last_used, NEVER))])
 
 
-def _argmin(scores: jax.Array, last_used: jax.Array) -> jax.Array:
-    score, used = _lowest(scores, last_used)
-    return jnp.argmax((scores == score) & (last_used == used)).astype(jnp.int32)
+def _argmin(keys: jax.Array) -> jax.Array:
+    is_lowest = jnp.all(keys == _lowest(keys)[:, None], axis=0)
+    return jnp.argmax(is_lowest).astype(jnp.int32)

@@ -76,15 +76,21 @@ def create(
 
 
 def leave(tier: HostTier, page: jax.Array) -> tuple[HostTier, jax.Array]:
-    """Moves `page` of the pool to the host, where one must be free; returns the page that it frees.
+    """Moves `page` of the pool to the host, where one must be free; or none, `P + H`.
 
-    That one is in the pool now, and no longer on the stack here.
+    Returns the page that it frees, or none, too. That one is in the pool now, and no longer on the
+    stack here.
     """
-    spare, tier = first_read(tier.free_pages[tier.num_free - 1], tier)
-    (source, target), tier = first_read((tier.places[page], tier.places[spare]), tier)
-    outs = tier.outs.then(source[None], (target - tier.pool_pages)[None], tier.num_pages)
-    places = tier.places.at[page].set(target).at[spare].set(source)
-    return tier.replace(places=places, num_free=tier.num_free - 1, outs=outs), spare
+    P, H = tier.pool_pages, tier.num_pages
+    is_page = page < P + H
+    spare, tier = first_read(tier.free_pages[jnp.maximum(tier.num_free - 1, 0)], tier)
+    spare = jnp.where(is_page, spare, P + H)
+    places = tier.places.at[jnp.stack([page, spare])].get(mode="fill", fill_value=P + H)
+    (source, target), tier = first_read((places[0], places[1]), tier)
+    outs = tier.outs.then(source[None], (target - P)[None], H)
+    places = tier.places.at[page].set(target, mode="drop").at[spare].set(source, mode="drop")
+    num_free = tier.num_free - is_page.astype(jnp.int32)
+    return tier.replace(places=places, num_free=num_free, outs=outs), spare
 
 
 def come_back(tier: HostTier, page: jax.Array, spare: jax.Array) -> HostTier:

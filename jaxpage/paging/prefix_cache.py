@@ -18,7 +18,7 @@ from jaxpage.paging.cache_state import (
     PrefixCache,
     at,
     enqueue_leaf,
-    last_of,
+    last_by_tier,
     make_room,
     take,
     unqueue,
@@ -58,8 +58,7 @@ def create(
             num_slots, pages_per_slot, num_pages, page_size, host_pages, budget, zero_freed
         ),
         index=prefix_index.create(null, page_size),
-        queue=eviction.create(null),
-        host_queue=eviction.create(null if host_pages > 0 else 1),
+        queue=eviction.create(null, num_tiers=2 if host_pages > 0 else 1),
         num_cached=jnp.asarray(0, jnp.int32),
         num_host_cached=jnp.asarray(0, jnp.int32),
         hosted_children=jnp.zeros((null,), jnp.int32),
@@ -246,18 +245,20 @@ def _back_by_trade(
     """
     if cache.tier.num_pages == 0:
         return cache, twin
-    table, null = cache.table, cache.null
-    hosted, is_shared = table.tier.is_hosted(twin), table.ref_counts[own] > 1
+    null, owners = cache.null, cache.table.ref_counts
+    hosted, is_shared = cache.tier.is_hosted(twin), owners[own] > 1
+    (hosted, is_shared, is_idle), cache = first_read((hosted, is_shared, owners[twin] == 0), cache)
     back = jnp.where(hosted & ~is_shared, twin, null)
     away = jnp.where(hosted & ~is_shared, own, null)
     parent = jnp.where(back < null, cache.index.parents[twin], null)
     cache = unqueue(cache, back)
+    table = cache.table
     names = jnp.any(table.page_indices == back, axis=1) & (back < null)
     (source, target), tier = first_read(
         (table.tier.places[own], table.tier.places[twin]), table.tier
     )
     places = tier.places.at[back].set(source, mode="drop").at[away].set(target, mode="drop")
-    was_cached = ((back < null) & (table.ref_counts[twin] == 0)).astype(jnp.int32)
+    was_cached = ((back < null) & is_idle).astype(jnp.int32)
     cache = cache.replace(
         table=table.replace(
             tier=tier.replace(places=places), num_hosted=table.num_hosted - names.astype(jnp.int32)
@@ -291,10 +292,8 @@ def release(cache: PrefixCache, rows: jax.Array, *, score: ScoreFn) -> PrefixCac
             num_indexed=cache.num_indexed.at[row].set(0),
             twins=cache.twins.at[row].set(null),
         )
-        # Of a chain only the last in each tier can be a leaf.
-        cache = enqueue_leaf(cache, last_of(kept, stays & ~hosted, null), score)
-        if cache.tier.num_pages > 0:
-            cache = enqueue_leaf(cache, last_of(kept, hosted, null), score)
+        for page in last_by_tier(cache, kept, stays):
+            cache = enqueue_leaf(cache, page, score)
         return cache, rows.at[row].set(False)
 
     return lax.while_loop(lambda carry: jnp.any(carry[1]), release_next, (cache, rows))[0]
@@ -332,9 +331,8 @@ def violations(cache: PrefixCache) -> jax.Array:
     follows = jnp.where(columns > 0, row_parents == before, row_parents > null)
     unfull = cache.num_indexed > cache.lengths // cache.page_size
 
-    broken_queues = _broken(cache.queue, is_cached & ~hosted & (children == away))
-    if cache.tier.num_pages > 0:
-        broken_queues += _broken(cache.host_queue, is_cached & hosted & (children == 0))
+    leaves = [is_cached & ~hosted & (children == away), is_cached & hosted & (children == 0)]
+    leaves = jnp.stack(leaves[: cache.queue.keys.shape[1]])
     lost_twins = (cache.twins < null) & ~index.holds(cache.twins)
     more = [
         _count((named != expected) | (in_own != expected)),
@@ -343,7 +341,7 @@ def violations(cache: PrefixCache) -> jax.Array:
         + _count(is_in & (children != index.num_children))
         + _count(away != cache.hosted_children),
         _count(chained & ~follows) + _count(unfull),
-        broken_queues,
+        _broken(cache.queue, leaves),
         _count(cache.num_cached != _count(is_cached & ~hosted))
         + _count(cache.num_host_cached != _count(is_cached & hosted))
         + _count(lost_twins),
@@ -352,15 +350,14 @@ def violations(cache: PrefixCache) -> jax.Array:
 
 
 def _broken(queue: EvictionQueue, leaves: jax.Array) -> jax.Array:
-    """Pages that are queued and not in `leaves: bool[n]`, or the reverse, and wrong minima."""
-    queued = queue.scores.reshape(-1)[: leaves.shape[0]] < eviction.NEVER
-    lowest = jnp.min(queue.scores, axis=1)
-    ties = jnp.where(queue.scores == lowest[:, None], queue.last_used, eviction.NEVER)
-    return (
-        _count(queued != leaves)
-        + _count(lowest != queue.lowest_scores)
-        + _count(jnp.min(ties, axis=1) != queue.lowest_used)
-    )
+    """Pages that are queued and not in `leaves: bool[T, n]`, or the reverse, and wrong minima."""
+    num_tiers, num_pages = leaves.shape
+    scores, last_used = queue.keys
+    queued = scores.reshape(num_tiers, -1)[:, :num_pages] < eviction.NEVER
+    lowest = jnp.min(scores, axis=2)
+    ties = jnp.where(scores == lowest[..., None], last_used, eviction.NEVER)
+    lowest_keys = jnp.stack([lowest, jnp.min(ties, axis=2)])
+    return _count(queued != leaves) + _count(lowest_keys != queue.lowest)
 
 
 def _count(broken: jax.Array) -> jax.Array:

@@ -263,18 +263,19 @@ def _record(index: PrefixIndex, entries: Entries, stays: jax.Array, step: jax.Ar
 
 
 def drop(index: PrefixIndex, page: jax.Array) -> tuple[PrefixIndex, jax.Array]:
-    """Takes out a page that is in the index and that no page there follows.
+    """Takes out a page that is in the index and that no page there follows; or none.
 
     Returns its parent too, which is a page or not; `num_children` of a page is up to date.
     """
     null = index.num_pages
-    parent, page = first_read(index.parents[page], page)
-    bucket = bucket_of(index, index.digests[page])
-    row = index.buckets[bucket]
+    parent, page = first_read(index.parents.at[page].get(mode="fill", fill_value=null), page)
+    bucket = bucket_of(index, _at(index.digests, page))
+    bucket = jnp.where(page < null, bucket, index.buckets.shape[0])
+    row = _at(index.buckets, bucket)
     newest = index.newest_child.at[parent].get(mode="fill", fill_value=null)
     index = index.replace(
-        buckets=index.buckets.at[bucket].set(jnp.where(row == page, null, row)),
-        parents=index.parents.at[page].set(null),
+        buckets=index.buckets.at[bucket].set(jnp.where(row == page, null, row), mode="drop"),
+        parents=index.parents.at[page].set(null, mode="drop"),
         num_children=index.num_children.at[parent].add(-1, mode="drop"),
         newest_child=index.newest_child.at[parent].set(
             jnp.where(newest == page, null, newest), mode="drop"
