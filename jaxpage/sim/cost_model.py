@@ -1,0 +1,160 @@
+"""How long a step takes on a device that is not here: the sum of its kernels, and what each moves.
+
+A step is known by a few sums over its rows, so that its price is a few vector operations inside
+`jit`, whatever the number of slots. Kernels run one after the other, as they do on one stream;
+moves to and from the host are not overlapped.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from jaxpage.config import require
+from jaxpage.sim import kernels
+from jaxpage.sim.device import DeviceSpec
+from jaxpage.sim.efficiencies import A100_MEASURED
+from jaxpage.sim.kernels import KINDS, Efficiency, Work, kernel_seconds, roofs
+from jaxpage.sim.shapes import ModelShape
+
+
+class Load(NamedTuple):
+    """What a step computes and moves: sums over its rows, `f32[]` each.
+
+    A row that computes one token decodes; the others bring a prompt, or a part of one.
+    """
+
+    tokens: jax.Array
+    samples: jax.Array  # rows that need logits
+    decodes: jax.Array  # rows that decode
+    decode_context: jax.Array  # tokens that they read
+    prefill_tokens: jax.Array
+    prefill_pairs: jax.Array  # of a token and one that it sees
+    prefill_context: jax.Array  # tokens that are read for them
+    prefill_tiles: jax.Array
+    moved_pages: jax.Array  # to the host and back
+    copied_pages: jax.Array  # within the pool
+
+
+class CostModel(struct.PyTreeNode):
+    """A model on a device of a kind, or spread over several of them."""
+
+    efficiency: Efficiency  # f32[kinds] each
+    overhead_s: jax.Array  # f32[], of a step beside its kernels
+    shape: ModelShape = struct.field(pytree_node=False)
+    device: DeviceSpec = struct.field(pytree_node=False)
+    num_devices: int = struct.field(pytree_node=False)
+    page_size: int = struct.field(pytree_node=False)
+
+
+def create(
+    shape: ModelShape,
+    device: DeviceSpec,
+    *,
+    num_devices: int = 1,
+    page_size: int = 16,
+    overhead_s: float = 0.0,
+    efficiencies: dict[str, Efficiency] | None = None,
+) -> CostModel:
+    """The cost of `shape` on `num_devices` devices; by default as efficient as A100s measured.
+
+    Raises:
+      ConfigError: the heads cannot be dealt out evenly, or a kind of kernel has no efficiency.
+    """
+    require(num_devices > 0, f"num_devices={num_devices} must be positive")
+    require(
+        shape.num_heads % num_devices == 0,
+        f"num_devices={num_devices} must divide the {shape.num_heads} heads of {shape.name}",
+    )
+    known = A100_MEASURED | (efficiencies or {})
+    columns = zip(*(known[kind] for kind in KINDS), strict=True)
+    return CostModel(
+        efficiency=Efficiency(*(jnp.asarray(column, jnp.float32) for column in columns)),
+        overhead_s=jnp.asarray(overhead_s, jnp.float32),
+        shape=shape,
+        device=device,
+        num_devices=num_devices,
+        page_size=page_size,
+    )
+
+
+def load_of(
+    counts: jax.Array,
+    lengths: jax.Array,
+    samples: jax.Array,
+    moved_pages: jax.Array,
+    copied_pages: jax.Array,
+) -> Load:
+    """The load of a plan: rows append `counts: i32[B]` to be `lengths: i32[B]` tokens long."""
+    computed, context = counts.astype(jnp.float32), lengths.astype(jnp.float32)
+    decodes, prefills = counts == 1, counts > 1
+
+    def total(values: jax.Array, rows: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(rows, values, 0.0))
+
+    pairs = computed * (context - computed) + computed * (computed + 1) / 2
+    return Load(
+        tokens=jnp.sum(computed),
+        samples=jnp.sum(samples.astype(jnp.float32)),
+        decodes=jnp.sum(decodes.astype(jnp.float32)),
+        decode_context=total(context, decodes),
+        prefill_tokens=total(computed, prefills),
+        prefill_pairs=total(pairs, prefills),
+        prefill_context=total(context, prefills),
+        prefill_tiles=total(kernels.tiles_of(computed), prefills),
+        moved_pages=moved_pages.astype(jnp.float32),
+        copied_pages=copied_pages.astype(jnp.float32),
+    )
+
+
+def step_seconds(cost: CostModel, load: Load) -> jax.Array:
+    """Seconds of a step, `f32[]`; an empty one takes none."""
+    kinds, works, times = zip(*_kernels(cost, load), strict=True)
+    which = np.asarray(kinds)
+    work = Work(*(jnp.stack(column) for column in zip(*works, strict=True)))
+    efficiency = jax.tree.map(lambda column: column[which], cost.efficiency)
+    flops_per_s, bytes_per_s = (rate[which] for rate in roofs(cost.device))
+    seconds = kernel_seconds(efficiency, flops_per_s, bytes_per_s, work)
+    total = jnp.sum(seconds * np.asarray(times, np.float32))
+    return jnp.where(total > 0, total + cost.overhead_s, 0.0)
+
+
+def _kernels(cost: CostModel, load: Load) -> list[tuple[int, Work, int]]:
+    """The kernels of a step: kind, work on one device, and how often it runs."""
+    shape, tp, L = cost.shape, cost.num_devices, cost.shape.num_layers
+    E, F, D, T = shape.embed_dim, shape.mlp_dim, shape.head_dim, load.tokens
+    heads, kv_heads = shape.num_heads / tp, max(shape.num_kv_heads / tp, 1)
+    inputs, itemsize = shape.num_mlp_inputs, shape.itemsize
+    sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": D}
+    decode = kernels.attention(
+        load.decodes, load.decode_context, load.decode_context, load.decodes,
+        itemsize=shape.kv_itemsize, **sizes,
+    )  # fmt: skip
+    prefill = kernels.attention(
+        load.prefill_tokens, load.prefill_pairs, load.prefill_context, load.prefill_tiles,
+        itemsize=shape.kv_itemsize, **sizes,
+    )  # fmt: skip
+    page_bytes = shape.kv_bytes_per_token * cost.page_size * kv_heads / shape.num_kv_heads
+    layers = [
+        (kernels.LINEAR, kernels.product(T, E, (heads + 2 * kv_heads) * D, itemsize), 1),
+        (kernels.LINEAR, kernels.product(T, heads * D, E, itemsize), 1),
+        (kernels.LINEAR, kernels.product(T, E, inputs * F / tp, itemsize), 1),
+        (kernels.LINEAR, kernels.product(T, F / tp, E, itemsize), 1),
+        (kernels.NORM, kernels.elementwise(T, 2 * E, itemsize), 2),
+        (kernels.ROPE, kernels.elementwise(T, 2 * (heads + kv_heads) * D, itemsize), 1),
+        (kernels.ACTIVATION, kernels.elementwise(T, (inputs + 1) * F / tp, itemsize), 1),
+        (kernels.ADD, kernels.elementwise(T, 3 * E, itemsize), 2),
+        (kernels.DECODE, decode, 1),
+        (kernels.PREFILL, prefill, 1),
+    ]
+    if tp > 1:
+        layers.append((kernels.ALL_REDUCE, kernels.all_reduce(T * E * itemsize, tp), 2))
+    moved, copied = load.moved_pages * page_bytes, 2 * load.copied_pages * page_bytes
+    return [
+        *((kind, work, L * times) for kind, work, times in layers),
+        (kernels.LINEAR, kernels.product(load.samples, E, shape.vocab_size / tp, itemsize), 1),
+        (kernels.HOST_COPY, kernels.host_copy(moved, load.moved_pages), 1),
+        (kernels.ADD, kernels.elementwise(copied, 1, 1), 1),
+    ]
