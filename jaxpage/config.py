@@ -5,6 +5,7 @@ page, `L` layers, `H` query heads, `K` KV heads, `G = H / K`, `D` head dim, `E` 
 `F` MLP dim, `V` vocabulary, `R` requests held, `N = M * S` tokens a request can have.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,7 +74,24 @@ class ModelConfig:
         return values * np.dtype(dtype).itemsize
 
 
-PREEMPTION_MODES = ("recompute", "swap", "fine")
+PREEMPTION_MODES = ("recompute", "swap", "fine", "auto")
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What `preemption="auto"` weighs, in seconds: to compute again, and to move."""
+
+    token_s: float  # computing a token in a full step, but for its attention
+    pair_s: float  # attention of a token to one that it sees
+    page_s: float  # moving a page one way
+
+    def __post_init__(self):
+        for field in ("token_s", "pair_s", "page_s"):
+            value = getattr(self, field)
+            require(
+                math.isfinite(value) and value >= 0,
+                f"prices: {field}={value} must be a number from 0 on",
+            )
 
 
 @dataclass(frozen=True)
@@ -85,9 +103,9 @@ class EngineConfig:
     running sequence must be able to take, as far as it can come to need them, when another is
     admitted: who is let in then is not preempted a few tokens later. `max_beams` is the greatest
     width of a beam search, 1 for none. `preemption` is a mode of `scheduling.preemption`; all but
-    `recompute` need `host_pages`, to which cached pages go as well. At most `transfer_budget` pages
-    move a step each way, 0 for as many as a step can need; whole sequences know no budget, nor do
-    cached pages of which the host has what follows.
+    `recompute` need `host_pages`, to which cached pages go as well, and `auto` needs `prices`.
+    At most `transfer_budget` pages move a step each way, 0 for as many as a step can need; whole
+    sequences know no budget, nor do cached pages of which the host has what follows.
     With `zero_freed` a page's bytes are overwritten with zeros when it has become free.
     `log_steps` is how many step records the device holds before the host must read them.
     """
@@ -103,6 +121,7 @@ class EngineConfig:
     preemption: str = "recompute"
     host_pages: int = 0
     transfer_budget: int = 0
+    prices: Prices | None = None
     zero_freed: bool = False
     log_steps: int = 64
     record_page_map: bool = False
@@ -127,8 +146,13 @@ class EngineConfig:
         )
         require(
             self.host_pages > 0 if self.preemption != "recompute" else self.host_pages >= 0,
-            f"host_pages={self.host_pages} with preemption={self.preemption!r}: swap and fine need "
-            "pages on the host",
+            f"host_pages={self.host_pages} with preemption={self.preemption!r}: all modes but "
+            "recompute need pages on the host",
+        )
+        require(
+            (self.prices is not None) == (self.preemption == "auto"),
+            f"prices={self.prices} with preemption={self.preemption!r}: auto needs them, and no "
+            "other mode has a use for them",
         )
         require(
             self.transfer_budget >= 0,
@@ -168,9 +192,14 @@ class EngineConfig:
         return min(most, self.num_pages)
 
     @property
+    def moves_pages(self) -> bool:
+        """Whether sequences that make way lose single pages to the host."""
+        return self.preemption in ("fine", "auto")
+
+    @property
     def moves_at_most(self) -> int:
         """Pages that may come back from the host in one step, or leave for it to make way."""
-        most = self.most_new_pages if self.preemption == "fine" else self.host_pages
+        most = self.most_new_pages if self.moves_pages else self.host_pages
         return min(self.transfer_budget or most, self.host_pages)
 
     @property

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scheduler_oracle import Ask
 from scripted_serving import EOS_IDS, MOST_REQUESTS
 
-from jaxpage.config import ConfigError, EngineConfig
+from jaxpage.config import ConfigError, EngineConfig, Prices
 from jaxpage.engine.step import move_pages
 from jaxpage.paging import kv_pool
 from jaxpage.paging.allocator import ALLOCATORS, CACHED
@@ -39,13 +39,20 @@ MODES = {
     "fine, a page a step": replace(FINE, transfer_budget=1),
     "fine, small host": replace(FINE, host_pages=2),
     "swap, small host": replace(FINE, preemption="swap", host_pages=3),
+    # Fewer than 6 tokens are computed again, more are moved.
+    "auto": replace(FINE, preemption="auto", prices=Prices(1.0, 0.3, 2.0)),
 }
 # What only a cache has on the host: pages that nobody holds.
 CACHE_MODES = {
     "recompute, cache on the host": replace(RECOMPUTE, host_pages=5),
     "recompute, a page a step": replace(RECOMPUTE, host_pages=9, transfer_budget=1),
 }
-IN_CI = [("fine", "paged"), ("fine, a page a step", "lru"), ("recompute, cache on the host", "lru")]
+IN_CI = [
+    ("fine", "paged"),
+    ("fine, a page a step", "lru"),
+    ("recompute, cache on the host", "lru"),
+    ("auto", "lru"),
+]
 every_memory = pytest.mark.parametrize("allocator", sorted(SHARED))
 submit = jax.jit(scheduler_state.submit)
 
@@ -292,6 +299,35 @@ def test_fine_takes_the_last_pages_of_the_last_sequence():
     assert places[lost].tolist() == (FINE.num_pages + plan.moves_out.targets[:2]).tolist()
     assert (after[2, :last] == before[2, :last]).all()
     assert plan.counts.tolist() == [1, 1, 0, 0]
+
+
+def records_of(serving: Serving) -> list[dict[str, int]]:
+    return [{k: int(v) for k, v in record._asdict().items()} for record in serving.records]
+
+
+def test_auto_computes_again_what_is_cheap_to_compute_and_moves_what_is_cheap_to_move():
+    computes, moves = (
+        run(replace(MODES["auto"], prices=prices))
+        for prices in (Prices(0.0, 0.0, 1.0), Prices(1.0, 1.0, 0.0))
+    )
+    assert records_of(computes) == records_of(run(RECOMPUTE))
+    assert records_of(moves) == records_of(run(FINE))
+
+
+def test_auto_weighs_each_request_by_its_length():
+    # Together they grow past the pool, and the last makes way: of 5 tokens, or of 8 and more.
+    long = [ask_of([i] * 4, [i + 4] * 8) for i in range(2)]
+    for last, computes_again in (
+        (ask_of([7] * 2, [8] * 9), True),
+        (ask_of([7] * 8, [8] * 4), False),
+    ):
+        serving = Serving(replace(MODES["auto"], num_pages=11), "paged")
+        serving.submit(*long, last)
+        serving.finish()
+        check(serving, [*long, last])
+        assert serving.total("num_preempted") > 0
+        assert (serving.total("num_recomputed") > 0) == computes_again
+        assert (serving.total("moved_out") > 0) != computes_again
 
 
 def test_a_full_host_falls_back_to_recompute():

@@ -6,6 +6,8 @@ each all of its request. What becomes of them is a mode:
 - `recompute`: they give up all pages and their slot, and are computed again.
 - `swap`: all of their pages go to the host, and come back together (Kwon et al. 2023, section 4.5).
 - `fine`: only as many pages go as the others need, and no more a step than the transfer budget.
+- `auto`: `recompute` for those whose tokens are computed again in less time than their pages take
+  to the host and back, at the configuration's prices, and `fine` for the others.
 
 Whoever has pages on the host is *paused*: it keeps its slot and what pages it has left, and goes on
 when all are back. If the host is full, `recompute` takes the place of the others.
@@ -19,6 +21,7 @@ from jax import lax
 
 from jaxpage.config import EngineConfig
 from jaxpage.paging.allocator import Allocator, Table
+from jaxpage.paging.page_table import num_pages_for
 from jaxpage.paging.tiers import TierOps
 from jaxpage.scheduling.batch import Batch, owed_pages, pages_on_host
 from jaxpage.scheduling.state import PREEMPTED, SchedulerState
@@ -67,13 +70,17 @@ def make_way(
         victims |= state.running & ~first & (back > _available(state.table))
         counts = jnp.where(victims, 0, counts)
         if config.preemption != "recompute":
+            again = _cheaper_again(state, victims, config)
+            if config.prices is not None:
+                state = state.replace(table=allocator.release(state.table, again))
+            moving = victims & ~again
             table, counts, fails = lax.cond(
-                jnp.any(victims),
-                lambda: _move_out(state, order, victims, counts, back, config, allocator),
+                jnp.any(moving),
+                lambda: _move_out(state, order, moving, counts, back, config, allocator),
                 lambda: (state.table, counts, jnp.asarray(False)),
             )
             state = state.replace(table=table)
-            lost = victims & fails
+            lost = again | (moving & fails)
     made_way = lost | ((state.table.num_hosted > 0) & (before == 0))
     sequences = jnp.where(made_way, state.slots, state.requests.phases.shape[0])
     num_preemptions = state.requests.num_preemptions.at[sequences].add(1, mode="drop")
@@ -84,6 +91,28 @@ def make_way(
         num_preempted=jnp.sum(made_way, dtype=jnp.int32),
     )
     return _compute_again(state, lost, allocator), way
+
+
+def _cheaper_again(state: SchedulerState, victims: jax.Array, config: EngineConfig) -> jax.Array:
+    """Those of `victims: bool[B]` that are computed again in less time than their pages move.
+
+    All that run for a request make way alike. What others share with it, or the prefix cache would
+    give back, counts as if it had to be computed, and be moved.
+    """
+    prices = config.prices
+    if prices is None:
+        return jnp.zeros_like(victims)
+    table = state.table
+    tokens = table.lengths.astype(jnp.float32)
+    again_s = prices.token_s * tokens + prices.pair_s * tokens * (tokens + 1) / 2
+    # Those on the host have only the way back before them.
+    ways = 2 * num_pages_for(table.lengths, config.page_size) - table.num_hosted
+    groups = state.requests.groups
+    slots = jnp.where(victims, state.slots, groups.shape[0])
+    group = groups.at[slots].get(mode="fill", fill_value=groups.shape[0])
+    saved_s = prices.page_s * ways.astype(jnp.float32) - again_s
+    saved_s = jnp.zeros(groups.shape, jnp.float32).at[group].add(saved_s, mode="drop")
+    return victims & (saved_s.at[group].get(mode="fill", fill_value=0) > 0)
 
 
 def bring_back(
@@ -155,7 +184,7 @@ def _move_out(
     demand = ops.demand(table, counts)
     need = jnp.sum(demand) + back - _available(table)
     limit = jnp.asarray(config.moves_at_most, jnp.int32)
-    if config.preemption == "fine":
+    if config.moves_pages:
         limit = jnp.minimum(need, jnp.maximum(limit - table.tier.outs.count, 0))
     rank = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=jnp.int32))
 
