@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
 
+from experiments.prices import define_device_flag, prices_by_flags
 from jaxpage.checkpoint.errors import CheckpointError
 from jaxpage.checkpoint.load import LoadedModel, load_model
 from jaxpage.checkpoint.store import cache_folder
@@ -82,8 +83,10 @@ def define_engine_flags(num_slots: int = 32, prefix_cache: bool = True) -> None:
         "recompute",
         PREEMPTION_MODES,
         "What becomes of sequences when pages run out: recompute them, swap whole ones out to the "
-        "host, or move only as many pages as are needed; with pages only.",
+        "host, move only as many pages as are needed, or recompute those for whom that takes less "
+        "time; with pages only.",
     )
+    define_device_flag()
     flags.DEFINE_integer(
         "host_bytes",
         None,
@@ -292,8 +295,11 @@ def config_by_flags(model: LoadedModel, **capacities: Any) -> EngineConfig:
     """`engine_config` of `capacities`, and by flag whatever they do not name."""
     names = ("num_slots", "page_size", "batch_invariant", "preemption", "host_bytes")
     names += ("transfer_budget", "zero_freed")
-    by_flag = {name: getattr(FLAGS, name) for name in names}
-    return engine_config(model.config, **(by_flag | {"kv_dtype": FLAGS.dtype} | capacities))
+    by_flag = {name: getattr(FLAGS, name) for name in names} | {"kv_dtype": FLAGS.dtype}
+    known = by_flag | capacities
+    if known["preemption"] == "auto":
+        known["prices"] = prices_by_flags(model.config, FLAGS.dtype, known["page_size"])
+    return engine_config(model.config, **known)
 
 
 def read_jsonl(path: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -137,7 +137,9 @@ def engine_maker(
     In contiguous memory nothing is ever preempted, so there the mode of the pages is left out.
     """
     if not common.allocator_named(allocator).grows:
-        config = replace(config, preemption="recompute", host_pages=0, transfer_budget=0)
+        config = replace(
+            config, preemption="recompute", host_pages=0, transfer_budget=0, prices=None
+        )
     return lambda: common.engine_for(model, params, config, allocator)
 
 

@@ -9,7 +9,8 @@ from test_experiments import run_script
 
 from jaxpage.config import ConfigError
 from jaxpage.sim import calibrate, kernels, profiles
-from jaxpage.sim.device import DEVICES
+from jaxpage.sim.device import DEVICES, find_device
+from jaxpage.sim.efficiencies import read_efficiencies
 from jaxpage.sim.kernels import DECODE, LINEAR, PREFILL, Efficiency, Work
 from jaxpage.sim.profiles import COLUMNS, Rows
 from jaxpage.sim.shapes import SHAPES
@@ -188,7 +189,31 @@ def test_the_script_writes_what_the_cost_model_reads(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout.splitlines()[-1])
-    fit = json.loads(out.read_text())
-    assert fit["kinds"]["linear"]["compute"] == pytest.approx(0.6, rel=0.15)
+    efficiencies = read_efficiencies(out)
+    assert list(efficiencies) == ["linear"]
+    assert efficiencies["linear"].compute == pytest.approx(0.6, rel=0.15)
     assert printed["held_out"]["made"]["median"] < 0.03
     assert printed["check"]["all"]["median"] > printed["held_out"]["all"]["median"]
+
+
+def test_a_file_without_efficiencies_is_refused(tmp_path):
+    path = tmp_path / "fit.json"
+    path.write_text('{"kinds": {"linear": {"compute": 1}}}')
+    with pytest.raises(ConfigError, match="not a file of efficiencies"):
+        read_efficiencies(path)
+
+
+def test_this_machine_can_be_measured_and_then_calibrated(tmp_path):
+    done = run_script(
+        "measure_device", "--model=tiny", f"--out={tmp_path}", "--tokens=1,8,16,32",
+        "--batches=1,2", "--contexts=16,32", "--repeats=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout.splitlines()[-1])
+    device = find_device(str(tmp_path / "device.json"))
+    rows = profiles.read_measured(tmp_path / "rows.csv", device.name)
+    assert len(rows.kinds) == printed["rows"]
+    assert {kernels.KINDS[kind] for kind in rows.kinds} == set(kernels.KINDS) - {"all_reduce"}
+    assert device.flops_per_s == pytest.approx(
+        (rows.work.flops / rows.seconds)[rows.kinds == LINEAR].max(), rel=1e-3
+    )

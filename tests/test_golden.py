@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxpage.checkpoint.load import load_model
-from jaxpage.config import PREEMPTION_MODES, EngineConfig
+from jaxpage.config import PREEMPTION_MODES, EngineConfig, Prices
 from jaxpage.engine.host import Engine
 from jaxpage.engine.request import Request, Result
 from jaxpage.engine.step import Setup
@@ -35,6 +35,8 @@ REQUESTS = [
 ]
 BRIEF = [replace(request, max_new_tokens=24) for request in REQUESTS]
 EXPECTED = {str(i): item["output_ids"] for i, item in enumerate(GOLDEN)}
+# With `auto` and pages of 8, sequences of fewer than 48 tokens are computed again, and longer move.
+PRICES = Prices(token_s=0.01, pair_s=0.01, page_s=1.0)
 
 
 @cache
@@ -62,6 +64,7 @@ def build(
         token_buckets=(32,) if batch_invariant else (8, 96),
         batch_invariant=batch_invariant,
         preemption=preemption,
+        prices=PRICES if preemption == "auto" else None,
         host_pages=0 if preemption == "recompute" else 8 * pool_of(LONGEST, page_size),
     )
     setup = Setup(

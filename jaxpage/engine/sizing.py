@@ -2,7 +2,7 @@
 
 from jax.typing import DTypeLike
 
-from jaxpage.config import EngineConfig, ModelConfig, require
+from jaxpage.config import EngineConfig, ModelConfig, Prices, require
 from jaxpage.paging.kv_pool import num_pages_in, page_bytes
 
 # Steps that bring prompts. Of 512 tokens CPUs multiply at their full rate; 256 is for the prompt
@@ -42,6 +42,7 @@ def engine_config(
     preemption: str = "recompute",
     host_bytes: int | None = None,
     transfer_budget: int = 0,
+    prices: Prices | None = None,
     zero_freed: bool = False,
     record_page_map: bool = False,
     pool_factor: int = 1,
@@ -82,6 +83,7 @@ def engine_config(
         preemption=preemption,
         host_pages=host_pages,
         transfer_budget=transfer_budget,
+        prices=prices,
         zero_freed=zero_freed,
         record_page_map=record_page_map,
         batch_invariant=batch_invariant,

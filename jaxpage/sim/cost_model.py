@@ -5,6 +5,7 @@ A step is known by a few sums over its rows, so that its price is a few vector o
 moves to and from the host are not overlapped.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from jaxpage.config import require
+from jaxpage.config import Prices, require
 from jaxpage.sim import kernels
 from jaxpage.sim.device import DeviceSpec
 from jaxpage.sim.efficiencies import A100_MEASURED
@@ -137,11 +138,12 @@ def _kernels(cost: CostModel, load: Load) -> list[tuple[int, Work, int]]:
         itemsize=shape.kv_itemsize, **sizes,
     )  # fmt: skip
     page_bytes = shape.kv_bytes_per_token * cost.page_size * kv_heads / shape.num_kv_heads
+    product = partial(kernels.product, itemsize=itemsize, tile_rows=cost.device.tile_rows)
     layers = [
-        (kernels.LINEAR, kernels.product(T, E, (heads + 2 * kv_heads) * D, itemsize), 1),
-        (kernels.LINEAR, kernels.product(T, heads * D, E, itemsize), 1),
-        (kernels.LINEAR, kernels.product(T, E, inputs * F / tp, itemsize), 1),
-        (kernels.LINEAR, kernels.product(T, F / tp, E, itemsize), 1),
+        (kernels.LINEAR, product(T, E, (heads + 2 * kv_heads) * D), 1),
+        (kernels.LINEAR, product(T, heads * D, E), 1),
+        (kernels.LINEAR, product(T, E, inputs * F / tp), 1),
+        (kernels.LINEAR, product(T, F / tp, E), 1),
         (kernels.NORM, kernels.elementwise(T, 2 * E, itemsize), 2),
         (kernels.ROPE, kernels.elementwise(T, 2 * (heads + kv_heads) * D, itemsize), 1),
         (kernels.ACTIVATION, kernels.elementwise(T, (inputs + 1) * F / tp, itemsize), 1),
@@ -154,7 +156,27 @@ def _kernels(cost: CostModel, load: Load) -> list[tuple[int, Work, int]]:
     moved, copied = load.moved_pages * page_bytes, 2 * load.copied_pages * page_bytes
     return [
         *((kind, work, L * times) for kind, work, times in layers),
-        (kernels.LINEAR, kernels.product(load.samples, E, shape.vocab_size / tp, itemsize), 1),
+        (kernels.LINEAR, product(load.samples, E, shape.vocab_size / tp), 1),
         (kernels.HOST_COPY, kernels.host_copy(moved, load.moved_pages), 1),
         (kernels.ADD, kernels.elementwise(copied, 1, 1), 1),
     ]
+
+
+def prices(cost: CostModel) -> Prices:
+    """What `preemption="auto"` weighs, by this model: slopes in steps of some hundred tokens."""
+
+    def seconds(**sums: float) -> float:
+        some = {"tokens": 512.0, "samples": 1.0} | sums
+        load = Load(*(jnp.float32(some.get(name, 0.0)) for name in Load._fields))
+        return float(step_seconds(cost, load))
+
+    prompt = {"prefill_tokens": 512.0, "prefill_tiles": 4.0}
+    near, far = (
+        seconds(prefill_pairs=512 * context, prefill_context=context, **prompt)
+        for context in (2048.0, 4096.0)
+    )
+    return Prices(
+        token_s=(seconds(tokens=1024.0) - seconds()) / 512,
+        pair_s=(far - near) / (512 * 2048),
+        page_s=(seconds(moved_pages=100.0) - seconds()) / 100,
+    )

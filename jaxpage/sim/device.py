@@ -22,6 +22,7 @@ class DeviceSpec:
     link_bytes_per_s: float  # to the other devices, all links together
     host_bytes_per_s: float  # to the host's memory
     memory_bytes: float
+    tile_rows: int  # of a product, computed at once; a product of fewer takes as long
 
     def __post_init__(self):
         for field in fields(self)[1:]:
@@ -31,13 +32,14 @@ class DeviceSpec:
 
 
 # NVIDIA's data sheets of the SXM modules: PCIe 4.0 and NVLink 3 for Ampere, 5.0 and 4 for Hopper.
+# Tiles of 64 rows are those of Hopper's tensor cores, and describe what A100s measured, too.
 DEVICES: dict[str, DeviceSpec] = {
     spec.name: spec
     for spec in (
-        DeviceSpec("a100-40gb", 312e12, 1555e9, 300e9, 32e9, 40e9),
-        DeviceSpec("a100-80gb", 312e12, 2039e9, 300e9, 32e9, 80e9),
-        DeviceSpec("h100", 989.4e12, 3350e9, 450e9, 64e9, 80e9),
-        DeviceSpec("h200", 989.4e12, 4800e9, 450e9, 64e9, 141e9),
+        DeviceSpec("a100-40gb", 312e12, 1555e9, 300e9, 32e9, 40e9, 64),
+        DeviceSpec("a100-80gb", 312e12, 2039e9, 300e9, 32e9, 80e9, 64),
+        DeviceSpec("h100", 989.4e12, 3350e9, 450e9, 64e9, 80e9, 64),
+        DeviceSpec("h200", 989.4e12, 4800e9, 450e9, 64e9, 141e9, 64),
     )
 }
 

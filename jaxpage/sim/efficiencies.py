@@ -7,6 +7,10 @@ a parameter (operations of kernels that only move, items of kernels that have no
 began, and has no effect. Nobody measured copies to the host there: theirs are an assumption.
 """
 
+import json
+from pathlib import Path
+
+from jaxpage.config import ConfigError
 from jaxpage.sim.kernels import Efficiency
 
 A100_MEASURED: dict[str, Efficiency] = {
@@ -21,3 +25,18 @@ A100_MEASURED: dict[str, Efficiency] = {
     # Assumed: four fifths of the bus, and 10 us to start each copy.
     "host_copy": Efficiency(0.7, 0.8, 0.0, 1e-05, 1.0),
 }  # fmt: skip
+
+
+def read_efficiencies(path: Path) -> dict[str, Efficiency]:
+    """Those that `experiments.calibrate` wrote to a file; the kinds that it had rows of.
+
+    Raises:
+      ConfigError: the file does not hold them.
+    """
+    try:
+        kinds = json.loads(path.read_text())["kinds"]
+        return {kind: Efficiency(**kinds[kind]) for kind in kinds}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path}: not a file of efficiencies ({error!r}); experiments.calibrate writes one"
+        ) from error

@@ -22,7 +22,7 @@ KINDS = (
     "linear", "norm", "rope", "activation", "add", "decode", "prefill", "all_reduce", "host_copy"
 )  # fmt: skip
 LINEAR, NORM, ROPE, ACTIVATION, ADD, DECODE, PREFILL, ALL_REDUCE, HOST_COPY = range(len(KINDS))
-TILE_ROWS = 64  # a product's rows come in tiles: of tensor cores, the height of Hopper's
+TILE_ROWS = 64  # of a product on the GPUs that were measured
 TILE_QUERIES = 128  # so do attention's, in the kernels that were measured
 
 Numbers = jax.Array | np.ndarray | float
@@ -69,10 +69,16 @@ def kernel_seconds(
     return jnp.where(slower > 0, seconds, 0.0)
 
 
-def product(rows: ArrayLike, inner: ArrayLike, outer: ArrayLike, itemsize: int = 2) -> Work:
+def product(
+    rows: ArrayLike,
+    inner: ArrayLike,
+    outer: ArrayLike,
+    itemsize: int = 2,
+    tile_rows: int = TILE_ROWS,
+) -> Work:
     """`[rows, inner] @ [inner, outer]`, of which the second is read from memory."""
     rows, inner, outer = (jnp.asarray(x, jnp.float32) for x in (rows, inner, outer))
-    padded = jnp.ceil(rows / TILE_ROWS) * TILE_ROWS
+    padded = jnp.ceil(rows / tile_rows) * tile_rows
     num_bytes = itemsize * (inner * outer + rows * (inner + outer))
     return Work(
         flops=2 * padded * inner * outer,
