@@ -5,6 +5,7 @@ no representation with the cache under test.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from paging_oracle import PageTableOracle, ceil_div
@@ -30,12 +31,16 @@ SCORES = {
 }
 
 
+WHOLE = "whole "  # before a policy: sequences leave as a whole
+
+
 class PrefixCacheOracle(PageTableOracle):
     """A page table whose full pages are known by their tokens."""
 
     def __init__(self, shape, policy: str):
         super().__init__(*shape)
-        self.score = SCORES[policy]
+        self.whole = policy.startswith(WHOLE)
+        self.score = SCORES[policy.removeprefix(WHOLE)]
         self.index: dict[int, Known] = {}
         self.num_indexed = [0] * len(self.rows)
         self.twins: dict[int, int] = {}  # row -> page
@@ -53,9 +58,15 @@ class PrefixCacheOracle(PageTableOracle):
             leaves = [page for page in self.cached if not self.children(page)]
             known = self.index
             page = min(leaves, key=lambda p: (self.score(known[p]), known[p].last_used, p))
-            del self.index[page]
-            self.stack.append(page)
-            self.twins = {row: twin for row, twin in self.twins.items() if twin != page}
+            before = self._evict(page)
+            while self.whole and before in self.cached and not self.children(before):
+                before = self._evict(before)
+
+    def _evict(self, page: int) -> Any:
+        """Frees a leaf; returns what stands before it."""
+        self.stack.append(page)
+        self.twins = {row: twin for row, twin in self.twins.items() if twin != page}
+        return self.index.pop(page).before
 
     def append(self, counts, max_new_pages: int | None = None) -> list[int]:
         needed = 0

@@ -11,7 +11,7 @@ import pytest
 
 from jaxpage.config import EngineConfig
 from jaxpage.paging import eviction
-from jaxpage.paging.allocator import ALLOCATORS, CACHED
+from jaxpage.paging.allocator import ALLOCATORS, CACHED, WHOLE_CACHED
 from jaxpage.scheduling import state as scheduler_state
 from jaxpage.scheduling.policies import fcfs
 from jaxpage.scheduling.state import SchedulerState
@@ -49,7 +49,11 @@ def copies_by_shape(allocator, config=CONFIG) -> Counter:
     return Counter(re.findall(r"= \w+\[([\d,]*)\]\S* copy\(", compiled))
 
 
-@pytest.mark.parametrize("allocator", [ALLOCATORS["paged"], CACHED["lru"]], ids=["paged", "lru"])
+@pytest.mark.parametrize(
+    "allocator",
+    [ALLOCATORS["paged"], CACHED["lru"], WHOLE_CACHED["lru"]],
+    ids=["paged", "lru", "whole"],
+)
 def test_pages_that_move_copy_no_array_of_a_tiers_size(allocator):
     config = replace(CONFIG, preemption="fine", host_pages=6007)
     copies = copies_by_shape(allocator, config)

@@ -19,7 +19,7 @@ from scripted_serving import EOS_IDS, MOST_REQUESTS
 from jaxpage.config import ConfigError, EngineConfig, Prices
 from jaxpage.engine.step import move_pages
 from jaxpage.paging import kv_pool
-from jaxpage.paging.allocator import ALLOCATORS, CACHED
+from jaxpage.paging.allocator import ALLOCATORS, CACHED, WHOLE_CACHED
 from jaxpage.paging.kv_pool import KvPool
 from jaxpage.scheduling import state as scheduler_state
 from jaxpage.scheduling.accounting import StepRecord, record_step
@@ -27,7 +27,7 @@ from jaxpage.scheduling.policies import POLICIES
 from jaxpage.scheduling.state import DONE, Sampling, waiting_request
 from jaxpage.scheduling.step import Outcome, commit_step, plan_step
 
-SHARED = {"paged": ALLOCATORS["paged"], "lru": CACHED["lru"]}
+SHARED = {"paged": ALLOCATORS["paged"], "lru": CACHED["lru"], "whole": WHOLE_CACHED["lru"]}
 RECOMPUTE = EngineConfig(
     num_slots=4, num_pages=9, page_size=2, pages_per_slot=6, num_requests=8, token_buckets=(8,)
 )
@@ -51,9 +51,10 @@ IN_CI = [
     ("fine", "paged"),
     ("fine, a page a step", "lru"),
     ("recompute, cache on the host", "lru"),
+    ("recompute, cache on the host", "whole"),
     ("auto", "lru"),
 ]
-every_memory = pytest.mark.parametrize("allocator", sorted(SHARED))
+every_memory = pytest.mark.parametrize("allocator", ["lru", "paged"])
 submit = jax.jit(scheduler_state.submit)
 
 
@@ -192,7 +193,7 @@ every_case = [
     pytest.param(mode, allocator, marks=[] if (mode, allocator) in IN_CI else [pytest.mark.slow])
     for mode, allocator in [
         *((mode, allocator) for mode in MODES for allocator in SHARED),
-        *((mode, "lru") for mode in CACHE_MODES),
+        *((mode, cache) for mode in CACHE_MODES for cache in ("lru", "whole")),
     ]
 ]
 

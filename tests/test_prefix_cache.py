@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from prefix_cache_oracle import PrefixCacheOracle
+from prefix_cache_oracle import WHOLE, PrefixCacheOracle
 
 from jaxpage.paging import prefix_cache, prefix_index, status
 from jaxpage.paging.eviction import EVICTION_POLICIES
@@ -37,16 +37,16 @@ def same_tokens(tokens, positions):
 
 
 HASHES = {"mix": prefix_index.mix, "colliding": colliding, "orderless": same_tokens}
-every_policy = pytest.mark.parametrize("policy", EVICTION_POLICIES)
+every_policy = pytest.mark.parametrize("policy", [*EVICTION_POLICIES, WHOLE + "lru", WHOLE + "lfu"])
 
 
 @functools.cache
 def verbs(policy: str, hash_name: str):
-    score, hash_fn = EVICTION_POLICIES[policy], HASHES[hash_name]
-    partial = functools.partial
+    score, hash_fn = EVICTION_POLICIES[policy.removeprefix(WHOLE)], HASHES[hash_name]
+    partial, whole = functools.partial, policy.startswith(WHOLE)
     return {
-        "admit": jax.jit(partial(prefix_cache.admit, score=score, hash_fn=hash_fn)),
-        "append": jax.jit(partial(prefix_cache.append, score=score)),
+        "admit": jax.jit(partial(prefix_cache.admit, score=score, hash_fn=hash_fn, whole=whole)),
+        "append": jax.jit(partial(prefix_cache.append, score=score, whole=whole)),
         "enter": jax.jit(partial(prefix_cache.enter, hash_fn=hash_fn)),
         "settle": jax.jit(prefix_cache.settle),
         "release": jax.jit(partial(prefix_cache.release, score=score)),

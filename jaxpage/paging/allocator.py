@@ -111,7 +111,7 @@ def _found_nothing(outcome: jax.Array, table: PageTable | ContiguousTable) -> Fo
 
 
 def _admit_cached(
-    cache: PrefixCache, row, prompt: Prompt, owed, *, score: ScoreFn, hash_fn: HashFn
+    cache: PrefixCache, row, prompt: Prompt, owed, *, score: ScoreFn, hash_fn: HashFn, whole: bool
 ):
     return prefix_cache.admit(
         cache,
@@ -123,6 +123,7 @@ def _admit_cached(
         owed,
         score=score,
         hash_fn=hash_fn,
+        whole=whole,
     )
 
 
@@ -153,20 +154,25 @@ PAGED: Allocator[PageTable] = Allocator(
 )
 
 
-def with_prefix_cache(score: ScoreFn, hash_fn: HashFn = prefix_index.mix) -> Allocator[PrefixCache]:
-    """Paged, with pages kept after their sequences, which leave in the order of `score`."""
+def with_prefix_cache(
+    score: ScoreFn, hash_fn: HashFn = prefix_index.mix, whole: bool = False
+) -> Allocator[PrefixCache]:
+    """Paged, with pages kept after their sequences, which leave in the order of `score`.
+
+    With `whole`, a page takes all cached ones before it along: sequences leave as a whole.
+    """
     return Allocator(
         name="paged",
         grows=True,
         create=partial(_create_tiered, prefix_cache.create),
-        admit=partial(_admit_cached, score=score, hash_fn=hash_fn),
-        append=partial(prefix_cache.append, score=score),
+        admit=partial(_admit_cached, score=score, hash_fn=hash_fn, whole=whole),
+        append=partial(prefix_cache.append, score=score, whole=whole),
         fitting=prefix_cache.fitting,
         release=partial(prefix_cache.release, score=score),
         violations=prefix_cache.violations,
         reserve=contiguous.reserve_oracle,
         share=prefix_cache.share,
-        tier=tiers.with_prefix_cache(score),
+        tier=tiers.with_prefix_cache(score, whole),
         chains=ChainOps(
             find=partial(chains.find, hash_fn=hash_fn),
             put_back=partial(chains.put_back, score=score, hash_fn=hash_fn),
@@ -179,6 +185,9 @@ def with_prefix_cache(score: ScoreFn, hash_fn: HashFn = prefix_index.mix) -> All
 # By eviction policy. Each is one object: what is compiled for it is found again.
 CACHED: dict[str, Allocator[PrefixCache]] = {
     name: with_prefix_cache(score) for name, score in EVICTION_POLICIES.items()
+}
+WHOLE_CACHED: dict[str, Allocator[PrefixCache]] = {
+    name: with_prefix_cache(score, whole=True) for name, score in EVICTION_POLICIES.items()
 }
 
 ORACLE: Allocator[ContiguousTable] = Allocator(

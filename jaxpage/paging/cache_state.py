@@ -116,19 +116,36 @@ def take(cache: PrefixCache, pages: jax.Array) -> PrefixCache:
     )
 
 
-def make_room(cache: PrefixCache, num_pages: jax.Array, score: ScoreFn) -> PrefixCache:
+def make_room(
+    cache: PrefixCache, num_pages: jax.Array, score: ScoreFn, *, whole: bool = False
+) -> PrefixCache:
     """Takes cached pages out of the pool until `num_pages` are free, or none is cached.
 
     They go to the host while this step's budget lasts, and are lost if not. One that pages of the
-    host follow has to go there.
+    host follow has to go there. With `whole`, all cached pages before one that leaves leave too,
+    as far as nothing else follows them: old sequences go as a whole.
     """
 
-    def is_short(cache):
-        return (cache.num_free < num_pages) & (cache.num_cached > 0)
+    def is_short(carry):
+        cache, follows = carry
+        is_short = (cache.num_free < num_pages) & (cache.num_cached > 0)
+        return is_short | (follows < cache.null) if whole else is_short
 
-    def leave(cache):
-        """One page leaves the pool; or the host, so that the next one finds room there."""
-        page, tier = eviction.first(cache.queue, POOL), cache.tier
+    def leave_next(carry):
+        cache, follows = carry
+        page = eviction.first(cache.queue, POOL)
+        if not whole:
+            return leave(cache, page)[0], follows
+        page = jnp.where(follows < cache.null, follows, page)
+        cache, parent = leave(cache, page)
+        # If a page of the host had to make room first, it is still there.
+        parent = jnp.where(eviction.is_queued(cache.queue, POOL, page), page, parent)
+        is_next = eviction.is_queued(cache.queue, POOL, parent)
+        return cache, jnp.where(is_next, parent, cache.null)
+
+    def leave(cache, page):
+        """One page leaves the pool; or the host, so that it finds room there. And its parent."""
+        tier = cache.tier
         if tier.num_pages == 0:
             return evict(cache, page, score)
         # Nobody holds what follows a cached page: if any is on the host, one can be evicted there.
@@ -141,16 +158,17 @@ def make_room(cache: PrefixCache, num_pages: jax.Array, score: ScoreFn) -> Prefi
         moved = jnp.where(moves, page, cache.null)
         cache, parent = _move(unqueue(cache, page), moved)
         cache, lost_parent = _drop(cache, jnp.where(moves, cache.null, page))
-        cache = enqueue_leaf(cache, jnp.minimum(parent, lost_parent), score)
-        return enqueue_leaf(cache, moved, score)
+        parent = jnp.minimum(parent, lost_parent)
+        return enqueue_leaf(enqueue_leaf(cache, parent, score), moved, score), parent
 
-    return lax.while_loop(is_short, leave, cache)
+    start = jnp.asarray(cache.null, jnp.int32) if whole else None
+    return lax.while_loop(is_short, leave_next, (cache, start))[0]
 
 
 def make_host_room(cache: PrefixCache, score: ScoreFn) -> PrefixCache:
     """Evicts a cached page of the host if none is free there."""
     page = eviction.first(cache.queue, HOST)
-    return evict(cache, jnp.where(cache.tier.num_free == 0, page, cache.null), score)
+    return evict(cache, jnp.where(cache.tier.num_free == 0, page, cache.null), score)[0]
 
 
 def move_out(cache: PrefixCache, page: jax.Array, score: ScoreFn) -> PrefixCache:
@@ -162,10 +180,13 @@ def move_out(cache: PrefixCache, page: jax.Array, score: ScoreFn) -> PrefixCache
     return enqueue_leaf(cache, parent, score)
 
 
-def evict(cache: PrefixCache, page: jax.Array, score: ScoreFn) -> PrefixCache:
-    """Takes a cached page that no page follows out of the index, and frees it; or none."""
+def evict(cache: PrefixCache, page: jax.Array, score: ScoreFn) -> tuple[PrefixCache, jax.Array]:
+    """Takes a cached page that no page follows out of the index, and frees it; or none.
+
+    Returns its parent too.
+    """
     cache, parent = _drop(unqueue(cache, page), page)
-    return enqueue_leaf(cache, parent, score)
+    return enqueue_leaf(cache, parent, score), parent
 
 
 def _move(cache: PrefixCache, page: jax.Array) -> tuple[PrefixCache, jax.Array]:

@@ -96,6 +96,13 @@ def remove(queue: EvictionQueue, tier: jax.Array | int, page: jax.Array) -> Evic
     return put(queue, tier, page, jnp.full((2,), NEVER, jnp.int32))
 
 
+def is_queued(queue: EvictionQueue, tier: int, page: jax.Array) -> jax.Array:
+    """Whether `page: i32[]`, which may be none, is in the queue of a tier."""
+    block, place = page // queue.width, page % queue.width
+    key = queue.keys.at[0, tier, block, place].get(mode="fill", fill_value=NEVER)
+    return key < NEVER
+
+
 def first(queue: EvictionQueue, tier: int) -> jax.Array:
     """The page of a tier to evict next, `i32[]`; meaningless if none is queued there."""
     block = _argmin(queue.lowest[:, tier])

@@ -79,6 +79,7 @@ def admit(
     *,
     score: ScoreFn,
     hash_fn: HashFn,
+    whole: bool = False,
 ) -> tuple[PrefixCache, Found]:
     """Gives the empty row `row` the longest cached prefix of its `num_tokens` known tokens.
 
@@ -104,7 +105,7 @@ def admit(
     num_tokens = jnp.where(enough, found.num_tokens, 0)
     cache = take(cache, pages)
     copies, source = partial < null, cache.tier.in_pool(partial)
-    cache = make_room(cache, copies.astype(jnp.int32), score)
+    cache = make_room(cache, copies.astype(jnp.int32), score, whole=whole)
     table = cache.table
     target = jnp.where(copies, table.free_pages[jnp.maximum(table.num_free - 1, 0)], null)
     pages = pages.at[jnp.where(copies, found.num_pages, pages.shape[0])].set(target, mode="drop")
@@ -124,10 +125,16 @@ def admit(
 
 
 def append(
-    cache: PrefixCache, counts: jax.Array, max_new_pages: int | None = None, *, score: ScoreFn
+    cache: PrefixCache,
+    counts: jax.Array,
+    max_new_pages: int | None = None,
+    *,
+    score: ScoreFn,
+    whole: bool = False,
 ) -> tuple[PrefixCache, Appended]:
     """`page_table.append`, for which cached pages leave as far as the stack is short."""
-    cache = make_room(cache, jnp.sum(page_table.demand(cache.table, counts)), score)
+    demand = jnp.sum(page_table.demand(cache.table, counts))
+    cache = make_room(cache, demand, score, whole=whole)
     table, appended = page_table.append(cache.table, counts, max_new_pages)
     return cache.replace(table=table), appended
 

@@ -113,14 +113,14 @@ PAGED = TierOps(
 )
 
 
-def with_prefix_cache(score: ScoreFn) -> TierOps:
+def with_prefix_cache(score: ScoreFn, whole: bool = False) -> TierOps:
     """The verbs of a page table with a prefix cache."""
     return TierOps(
         movable=movable_cached,
         move_out=partial(move_out_cached, score=score),
         move_in=move_in_cached,
         demand=lambda cache, counts: page_table.demand(cache.table, counts),
-        make_room=partial(cache_state.make_room, score=score),
+        make_room=partial(cache_state.make_room, score=score, whole=whole),
         take_moves=_take_moves_cached,
         take_freed=_take_freed_cached,
     )
