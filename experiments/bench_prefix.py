@@ -19,10 +19,11 @@ import numpy as np
 from absl import flags
 
 from experiments import bench_scheduler, common
+from experiments.talks import Talk, Talks
 from jaxpage.checkpoint.load import LoadedModel
 from jaxpage.config import EngineConfig, require
 from jaxpage.engine.host import Engine, Journal
-from jaxpage.engine.request import Request, Result
+from jaxpage.engine.request import Result
 from jaxpage.model.placement import serving_params
 from jaxpage.paging.allocator import ALLOCATORS, CACHED
 from jaxpage.sim.conversations import Conversation, sharegpt_conversations
@@ -101,28 +102,8 @@ def talk_rounds(model: LoadedModel) -> Iterator[dict]:
 
 def talk(engine: Engine, conversations: Sequence[Conversation]) -> dict:
     """Has all conversations at once, and says what it took."""
-    by_id = {conversation.id: conversation for conversation in conversations}
-    answers: dict[str, list[list[int]]] = {name: [] for name in by_id}
-
-    def ask(name: str, now_s: float) -> Request | None:
-        conversation, turn = by_id[name], len(answers[name])
-        if turn == len(conversation.turns):
-            return None
-        return Request(
-            f"{name} {turn}",
-            conversation.prompt(turn, answers[name]),
-            conversation.turns[turn].max_new_tokens,
-            ignore_eos=True,
-            arrival_s=now_s,
-        )
-
-    def next_turn(result: Result) -> Request | None:
-        name = result.request.id.rsplit(" ", 1)[0]
-        answers[name].append(result.output_ids)
-        return ask(name, result.finish_s)
-
-    first = [request for name in by_id if (request := ask(name, 0.0)) is not None]
-    return row_of(*common.serve_all(engine, first, steps_per_read=1, then=next_turn))
+    talks = Talks([Talk(conversation) for conversation in conversations])
+    return row_of(*common.serve_all(engine, talks.first(), steps_per_read=1, then=talks.then))
 
 
 def row_of(results: Sequence[Result], journal: Journal) -> dict:

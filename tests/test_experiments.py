@@ -269,11 +269,14 @@ def test_a_workload_of_sharegpt_is_cut_as_asked_and_can_be_read(tmp_path):
         "bench_engine",
         "bench_prefix",
         "bench_scheduler",
+        "calibrate",
         "claim_eviction",
+        "claim_lunch",
         "claim_sharing",
         "demo",
         "fig15_sharing_savings",
         "make_workload",
+        "measure_device",
     ],
 )
 def test_help_explains_every_flag_in_sentences(name):
