@@ -13,7 +13,7 @@ OURS = ("jaxpage", "pallas_kernels", "experiments")
 MOST_LINES = 420
 MOST_FUNCTION_LINES = 70
 # Serving compiles in one place; what runs no model compiles by itself.
-COMPILES = ("jaxpage/engine/loop.py", "jaxpage/sim/calibrate.py")
+COMPILES = ("jaxpage/engine/loop.py", "jaxpage/sim/calibrate.py", "jaxpage/sim/simulate.py")
 
 # Packages of jaxpage, and those that each may import besides itself.
 BELOW = {

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.typing import ArrayLike
 
 from jaxpage.config import EngineConfig, require
 from jaxpage.paging.allocator import Allocator, Table
@@ -189,18 +190,48 @@ def waiting_request(
     row if it has no other; `salt` is the number of those who may share cached pages. Of a beam
     search, with scalars in `beams`, half of the rows are `held`.
     """
-    no_beams = Beams(jnp.int32(0), jnp.float32(0), jnp.float32(1), jnp.int32(PATIENT))
     tokens = np.zeros((max_len,), np.int32)
     tokens[: len(prompt_ids)] = prompt_ids
+    return request_row(
+        jnp.asarray(tokens),
+        len(prompt_ids),
+        final_len=final_len,
+        reserved_len=reserved_len,
+        arrival=arrival,
+        ignore_eos=ignore_eos,
+        sampling=sampling,
+        group=group,
+        salt=salt,
+        beams=beams,
+        held=held,
+    )
 
-    def integer(value: int) -> jax.Array:
+
+def request_row(
+    tokens: jax.Array,
+    prompt_len: ArrayLike,
+    *,
+    final_len: ArrayLike,
+    reserved_len: ArrayLike,
+    arrival: ArrayLike,
+    ignore_eos: ArrayLike,
+    sampling: Sampling,
+    group: ArrayLike,
+    salt: ArrayLike = 0,
+    beams: Beams | None = None,
+    held: bool = False,
+) -> Requests:
+    """`waiting_request`, inside of a program too: `tokens: i32[N]` open with the prompt."""
+    no_beams = Beams(jnp.int32(0), jnp.float32(0), jnp.float32(1), jnp.int32(PATIENT))
+
+    def integer(value: ArrayLike) -> jax.Array:
         return jnp.asarray(value, jnp.int32)
 
     return Requests(
-        tokens=jnp.asarray(tokens),
-        logprobs=jnp.zeros((max_len,), jnp.float32),
-        prompt_lens=integer(len(prompt_ids)),
-        num_tokens=integer(len(prompt_ids)),
+        tokens=tokens,
+        logprobs=jnp.zeros(tokens.shape, jnp.float32),
+        prompt_lens=integer(prompt_len),
+        num_tokens=integer(prompt_len),
         final_lens=integer(final_len),
         reserved_lens=integer(reserved_len),
         salts=integer(salt),

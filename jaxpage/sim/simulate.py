@@ -1,0 +1,245 @@
+"""Serving as the engine plans it, on a device that is not here: a cost model says what steps take.
+
+The loop holds the very `plan_step` and `commit_step` of the engine. In place of the model stands
+`cost_model.step_seconds`, in place of the host a trace: what is due arrives between two steps, and
+where nothing is to be done the clock goes on to the next arrival.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from jaxpage.config import EngineConfig
+from jaxpage.paging.allocator import Allocator
+from jaxpage.scheduling import state as scheduler_state
+from jaxpage.scheduling.accounting import StepRecord, record_step
+from jaxpage.scheduling.batch import of_slots
+from jaxpage.scheduling.policies import PolicyFn
+from jaxpage.scheduling.state import DONE, FREE, Requests, Sampling, SchedulerState, request_row
+from jaxpage.scheduling.step import Outcome, Plan, commit_step, plan_step
+from jaxpage.sim import clock
+from jaxpage.sim import trace as traces
+from jaxpage.sim.clock import Time
+from jaxpage.sim.cost_model import CostModel, load_of, step_seconds
+from jaxpage.sim.trace import Trace
+
+GREEDY = Sampling(
+    temperature=jnp.float32(0),
+    top_k=jnp.int32(0),
+    top_p=jnp.float32(1),
+    repetition_penalty=jnp.float32(1),
+    seed=jnp.uint32(0),
+)
+
+
+class Served(struct.PyTreeNode):
+    """What became of the `n` sequences of a trace."""
+
+    first_tokens: Time  # [n], when the first output token was there, `never` before
+    finishes: Time  # [n]
+    num_preemptions: jax.Array  # i32[n]
+    cached_lens: jax.Array  # i32[n], tokens found in the prefix cache at first admission
+
+
+class StepLog(struct.PyTreeNode):
+    """The steps since the host last read."""
+
+    records: StepRecord  # i32[log_steps] each
+    seconds: jax.Array  # f32[log_steps], what a step took
+    count: jax.Array  # i32[], rows filled
+
+
+class Simulation(struct.PyTreeNode):
+    """The scheduler's state, and what the world around it knows."""
+
+    scheduler: SchedulerState
+    now: Time
+    num_arrived: jax.Array  # i32[], sequences of the trace that have rows, or had
+    num_done: jax.Array  # i32[], of these
+    numbers: jax.Array  # i32[R], the sequence of the trace in each row
+    served: Served
+    log: StepLog
+    is_stuck: jax.Array  # bool[], nothing can be done and nothing will arrive: a scheduler's fault
+
+
+def create(trace: Trace, config: EngineConfig, allocator: Allocator) -> Simulation:
+    """Before the first arrival."""
+    n, rows = trace.num_sequences, config.num_requests
+
+    def zeros(count: int) -> jax.Array:
+        return jnp.zeros((count,), jnp.int32)
+
+    return Simulation(
+        scheduler=scheduler_state.create(config, allocator),
+        now=clock.create(0.0),
+        num_arrived=jnp.asarray(0, jnp.int32),
+        num_done=jnp.asarray(0, jnp.int32),
+        numbers=jnp.full((rows,), n, jnp.int32),
+        served=Served(clock.never((n,)), clock.never((n,)), zeros(n), zeros(n)),
+        log=StepLog(
+            records=StepRecord(*(zeros(config.log_steps) for _ in StepRecord._fields)),
+            seconds=jnp.zeros((config.log_steps,), jnp.float32),
+            count=jnp.asarray(0, jnp.int32),
+        ),
+        is_stuck=jnp.asarray(False),
+    )
+
+
+@partial(
+    jax.jit, static_argnames=("config", "allocator", "policy"), donate_argnames=("simulation",)
+)
+def simulate_steps(
+    simulation: Simulation,
+    trace: Trace,
+    cost: CostModel,
+    *,
+    config: EngineConfig,
+    allocator: Allocator,
+    policy: PolicyFn,
+) -> Simulation:
+    """Runs until all sequences are done or the log is full; starts a new log."""
+    n = trace.num_sequences
+    log = simulation.log.replace(count=jnp.asarray(0, jnp.int32))
+
+    def goes_on(simulation: Simulation) -> jax.Array:
+        is_room = simulation.log.count < config.log_steps
+        return is_room & (simulation.num_done < n) & ~simulation.is_stuck
+
+    def step(simulation: Simulation) -> Simulation:
+        return simulate_step(simulation, trace, cost, config, allocator, policy)
+
+    return lax.while_loop(goes_on, step, simulation.replace(log=log))
+
+
+def simulate_step(
+    simulation: Simulation,
+    trace: Trace,
+    cost: CostModel,
+    config: EngineConfig,
+    allocator: Allocator,
+    policy: PolicyFn,
+) -> Simulation:
+    """What is due arrives, and a step is planned, priced, and committed."""
+    simulation = arrive(_wait_if_idle(simulation, trace), trace)
+    scheduler, plan = plan_step(simulation.scheduler, config, allocator, policy)
+    seconds = step_seconds(cost, _load(plan))
+    log = _write_log(simulation.log, record_step(scheduler, plan), seconds)
+    outcome = _outcome(trace, simulation.numbers, scheduler.requests, plan)
+    scheduler = commit_step(scheduler, plan, outcome, allocator, eos_ids=())
+    is_stuck = (seconds == 0) & (simulation.num_arrived == trace.num_sequences)
+    simulation = simulation.replace(
+        scheduler=scheduler,
+        now=clock.after(simulation.now, seconds),
+        log=log,
+        is_stuck=is_stuck,
+    )
+    return _note(simulation, plan)
+
+
+def arrive(simulation: Simulation, trace: Trace) -> Simulation:
+    """Gives rows to the sequences that are due, those of one request at once or not at all.
+
+    Who finds no row waits outside, in order.
+    """
+    num_sequences = trace.num_sequences
+
+    def is_next(simulation: Simulation) -> jax.Array:
+        number = jnp.minimum(simulation.num_arrived, num_sequences - 1)
+        num_free = jnp.sum(simulation.scheduler.requests.phases == FREE, dtype=jnp.int32)
+        is_leader = trace.leaders[number] == number
+        has_rows = num_free >= jnp.where(is_leader, trace.num_samples[number], 1)
+        is_due = clock.is_due(trace.arrivals[number], simulation.now)
+        return (simulation.num_arrived < num_sequences) & is_due & has_rows
+
+    def submit_next(simulation: Simulation) -> Simulation:
+        number, scheduler = simulation.num_arrived, simulation.scheduler
+        row = jnp.argmax(scheduler.requests.phases == FREE).astype(jnp.int32)
+        leader = trace.leaders[number]
+        of_leader = jnp.argmax(simulation.numbers == leader).astype(jnp.int32)
+        prompt, output = trace.prompt_lens[number], trace.output_lens[number]
+        positions = jnp.arange(scheduler.requests.tokens.shape[1], dtype=jnp.int32)
+        request = request_row(
+            jnp.where(positions < prompt, traces.tokens_of(trace, leader, positions), 0),
+            prompt,
+            final_len=prompt + output,
+            reserved_len=trace.reserved_lens[number],
+            arrival=leader,
+            ignore_eos=True,
+            sampling=GREEDY,
+            group=jnp.where(leader == number, row, of_leader),
+        )
+        return simulation.replace(
+            scheduler=scheduler_state.submit(scheduler, row, request),
+            num_arrived=number + 1,
+            numbers=simulation.numbers.at[row].set(number),
+        )
+
+    return lax.while_loop(is_next, submit_next, simulation)
+
+
+def _wait_if_idle(simulation: Simulation, trace: Trace) -> Simulation:
+    """The clock at the next arrival, if nothing is there to be done before."""
+    number = simulation.num_arrived
+    following = trace.arrivals[jnp.minimum(number, trace.num_sequences - 1)]
+    is_idle = (number < trace.num_sequences) & (simulation.num_done == number)
+    later = clock.latest(simulation.now, following)
+    now = jax.tree.map(lambda a, b: jnp.where(is_idle, a, b), later, simulation.now)
+    return simulation.replace(now=now)
+
+
+def _load(plan: Plan):
+    moved = plan.moves_out.count + plan.moves_in.count
+    return load_of(plan.counts, plan.lengths, plan.samples, moved, plan.copies.count)
+
+
+def _outcome(trace: Trace, numbers: jax.Array, requests: Requests, plan: Plan) -> Outcome:
+    """Tokens as the trace has them, so that who goes on from an answer finds it cached."""
+    number = numbers.at[plan.requests].get(mode="fill", fill_value=trace.num_sequences)
+    return Outcome(
+        tokens=traces.tokens_of(trace, number, of_slots(requests.num_tokens, plan.requests)),
+        logprobs=jnp.zeros(plan.requests.shape, jnp.float32),
+        failed=jnp.zeros(plan.requests.shape, jnp.bool_),
+    )
+
+
+def _write_log(log: StepLog, record: StepRecord, seconds: jax.Array) -> StepLog:
+    return StepLog(
+        records=jax.tree.map(lambda kept, new: kept.at[log.count].set(new), log.records, record),
+        seconds=log.seconds.at[log.count].set(seconds),
+        count=log.count + 1,
+    )
+
+
+def _note(simulation: Simulation, plan: Plan) -> Simulation:
+    """Notes who has a first token and who is done, and frees the rows of these."""
+    scheduler, served, now = simulation.scheduler, simulation.served, simulation.now
+    requests, rows = scheduler.requests, plan.requests
+    nobody = served.num_preemptions.shape[0]
+    number = simulation.numbers.at[rows].get(mode="fill", fill_value=nobody)
+    is_first = plan.samples & (of_slots(requests.first_steps, rows) == scheduler.step - 1)
+    is_done = plan.samples & (of_slots(requests.phases, rows) == DONE)
+    first, done = jnp.where(is_first, number, nobody), jnp.where(is_done, number, nobody)
+
+    def at(times: Time, which: jax.Array) -> Time:
+        return jax.tree.map(lambda kept, new: kept.at[which].set(new, mode="drop"), times, now)
+
+    served = Served(
+        first_tokens=at(served.first_tokens, first),
+        finishes=at(served.finishes, done),
+        num_preemptions=served.num_preemptions.at[done].set(
+            of_slots(requests.num_preemptions, rows), mode="drop"
+        ),
+        cached_lens=served.cached_lens.at[done].set(
+            of_slots(requests.cached_lens, rows), mode="drop"
+        ),
+    )
+    gone = jnp.where(is_done, rows, requests.phases.shape[0])
+    requests = requests.replace(phases=requests.phases.at[gone].set(FREE, mode="drop"))
+    return simulation.replace(
+        scheduler=scheduler.replace(requests=requests),
+        served=served,
+        num_done=simulation.num_done + jnp.sum(is_done, dtype=jnp.int32),
+    )

@@ -1,0 +1,129 @@
+"""What arrives when: sequences as arrays, in the order of their arrival."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from jaxpage.config import EngineConfig, require
+from jaxpage.paging.allocator import Allocator
+from jaxpage.paging.page_table import num_pages_for
+from jaxpage.sim import clock
+from jaxpage.sim.clock import Time
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request of a trace; `num_samples` sequences that share its prompt.
+
+    `content` says what its tokens are: `content[i]` stands for `Arrivals.tokens_each` of them, so
+    that requests which begin with the same numbers can share pages. Without it nothing is shared.
+    """
+
+    arrival_s: float
+    prompt_len: int
+    output_len: int
+    content: Sequence[int] = ()
+    num_samples: int = 1
+
+
+class Trace(struct.PyTreeNode):
+    """`n` sequences, those of one request together."""
+
+    arrivals: Time  # [n]
+    prompt_lens: jax.Array  # i32[n]
+    output_lens: jax.Array  # i32[n]
+    reserved_lens: jax.Array  # i32[n], tokens that a contiguous allocator reserves
+    leaders: jax.Array  # i32[n], the first sequence of the same request
+    num_samples: jax.Array  # i32[n], sequences of the same request
+    content: jax.Array  # i32[n, W]; -1 where the tokens are its own
+    tokens_each: int = struct.field(pytree_node=False)
+
+    @property
+    def num_sequences(self) -> int:
+        return self.prompt_lens.shape[0]
+
+
+def create(
+    requests: Sequence[Arrival],
+    config: EngineConfig,
+    allocator: Allocator,
+    *,
+    tokens_each: int = 1,
+) -> Trace:
+    """A trace for an engine of that configuration.
+
+    Raises:
+      ConfigError: times are unsorted or negative, a length is not positive, or a request can never
+        be served: it is longer than a slot, or needs more pages, rows or slots than there are.
+    """
+    require(len(requests) > 0, "a trace needs at least one request")
+    for number, request in enumerate(requests):
+        _check(number, request, config)
+    arrival_s = np.array([request.arrival_s for request in requests], np.float64)
+    later = np.flatnonzero(np.diff(arrival_s) < 0)
+    require(
+        len(later) == 0,
+        f"request {later[0] + 1 if len(later) else 0} arrives before the one ahead of it: sort "
+        "the trace by time",
+    )
+    repeats = np.array([request.num_samples for request in requests])
+    firsts = np.cumsum(repeats) - repeats
+
+    def column(values) -> jax.Array:
+        return jnp.asarray(np.repeat(np.asarray(values), repeats), jnp.int32)
+
+    prompts = column([request.prompt_len for request in requests])
+    outputs = column([request.output_len for request in requests])
+    width = max(1, *(len(request.content) for request in requests))
+    content = np.full((len(requests), width), -1, np.int32)
+    for row, request in zip(content, requests, strict=True):
+        row[: len(request.content)] = request.content
+    return Trace(
+        arrivals=clock.create(np.repeat(arrival_s, repeats)),
+        prompt_lens=prompts,
+        output_lens=outputs,
+        reserved_lens=allocator.reserve(prompts, prompts + outputs, config.max_seq_len),
+        leaders=column(firsts),
+        num_samples=column(repeats),
+        content=jnp.asarray(np.repeat(content, repeats, axis=0)),
+        tokens_each=tokens_each,
+    )
+
+
+def _check(number: int, request: Arrival, config: EngineConfig) -> None:
+    for name in ("prompt_len", "output_len", "num_samples"):
+        value = getattr(request, name)
+        require(value > 0, f"request {number}: {name}={value} must be positive")
+    total = request.prompt_len + request.output_len
+    require(
+        total <= config.max_seq_len,
+        f"request {number}: {request.prompt_len} + {request.output_len} tokens are more than the "
+        f"{config.max_seq_len} of a slot: raise pages_per_slot={config.pages_per_slot}",
+    )
+    # The last output token is never computed, so it needs no memory.
+    needed = int(num_pages_for(total - 1, config.page_size)) * request.num_samples
+    require(
+        needed <= config.num_pages,
+        f"request {number} can need {needed} pages of the {config.num_pages} that there are",
+    )
+    limit = min(config.num_slots, config.num_requests)
+    require(
+        request.num_samples <= limit,
+        f"request {number}: {request.num_samples} sequences are more than the {limit} that can run",
+    )
+
+
+def tokens_of(trace: Trace, number: jax.Array, positions: jax.Array) -> jax.Array:
+    """The tokens of sequence `number` at `positions`, each its own where `content` says nothing.
+
+    Shapes follow `number` and `positions` by broadcasting; `i32`.
+    """
+    each = trace.tokens_each
+    known = trace.content.at[number, positions // each].get(mode="fill", fill_value=-1)
+    # Below zero, so equal to no content; and another for each sequence and position.
+    own = -2 - (number * 8191 + positions)
+    return jnp.where(known < 0, own, known * each + positions % each)

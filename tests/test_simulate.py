@@ -1,0 +1,187 @@
+"""The scheduler under a cost model: it plans what the engine plans, and its times add up."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_engine import CONFIG, PROMPTS, REQUESTS, build, setup_of
+
+from jaxpage.config import ConfigError, EngineConfig
+from jaxpage.paging.allocator import ALLOCATORS, CACHED
+from jaxpage.scheduling.policies import fcfs
+from jaxpage.sim import clock, cost_model, simulate
+from jaxpage.sim import trace as traces
+from jaxpage.sim.cost_model import CostModel, Load
+from jaxpage.sim.device import DEVICES
+from jaxpage.sim.shapes import SHAPES
+from jaxpage.sim.simulate import Simulation
+from jaxpage.sim.trace import Arrival, Trace
+
+COST = cost_model.create(SHAPES["opt-13b"], DEVICES["a100-40gb"], page_size=CONFIG.page_size)
+PAGED = ALLOCATORS["paged"]
+TIGHT = replace(CONFIG, num_pages=12)  # so that sequences are preempted
+
+
+def run(
+    requests, config: EngineConfig = CONFIG, allocator=PAGED, cost: CostModel = COST, tokens_each=1
+) -> tuple[Trace, Simulation, list[dict[str, np.ndarray]]]:
+    """Until all is done; the records of all steps, with their seconds."""
+    trace = traces.create(requests, config, allocator, tokens_each=tokens_each)
+    simulation = simulate.create(trace, config, allocator)
+    logs = []
+    while int(simulation.num_done) < trace.num_sequences:
+        simulation = step(simulation, trace, config, allocator, cost)
+        assert not bool(simulation.is_stuck)
+        rows = slice(int(simulation.log.count))
+        columns = {k: np.array(v[rows]) for k, v in simulation.log.records._asdict().items()}
+        logs.append(columns | {"seconds": np.array(simulation.log.seconds[rows])})
+    return trace, simulation, logs
+
+
+def step(simulation, trace, config, allocator, cost=COST) -> Simulation:
+    return simulate.simulate_steps(
+        simulation, trace, cost, config=config, allocator=allocator, policy=fcfs
+    )
+
+
+def joined(logs, name: str) -> np.ndarray:
+    return np.concatenate([log[name] for log in logs])
+
+
+@pytest.mark.parametrize(
+    ("allocator", "config"),
+    [
+        ("paged", replace(TIGHT, preemption="swap", host_pages=24)),
+        ("lru", TIGHT),
+        ("lru", replace(TIGHT, preemption="fine", host_pages=8, transfer_budget=1)),
+        ("pow2", CONFIG),
+    ],
+)
+def test_engine_and_simulator_make_identical_plans(allocator, config):
+    """They do all that a plan says, step by step: to tables, queue and host, and in the records."""
+    config = replace(config, log_steps=1)
+    setup = setup_of(config, allocator=allocator)
+    said = build(setup).serve(REQUESTS)[0]
+    engine = build(setup)
+    for row, request in enumerate(REQUESTS):
+        engine.submit(request, [row])
+    requests = [
+        Arrival(0.0, len(prompt), 9, content=(*prompt, *result.output_ids))
+        for prompt, result in zip(PROMPTS, said, strict=True)
+    ]
+    trace = traces.create(requests, config, setup.allocator)
+    simulation = simulate.create(trace, config, setup.allocator)
+    records = []
+    while int(simulation.num_done) < len(REQUESTS):
+        engine.advance(1)
+        simulation = step(simulation, trace, config, setup.allocator)
+        served, simulated = engine.state.scheduler, simulation.scheduler
+        same = np.testing.assert_array_equal
+        jax.tree.map(same, served.table, simulated.table)
+        same(served.slots, simulated.slots)
+        for name in ("tokens", "num_tokens", "computed_lens", "first_steps", "final_steps"):
+            same(getattr(served.requests, name), getattr(simulated.requests, name), name)
+        jax.tree.map(same, engine.state.log.records, simulation.log.records)
+        records.append({k: int(v[0]) for k, v in simulation.log.records._asdict().items()})
+    assert not bool(jnp.any(engine.state.scheduler.unfinished))
+    assert any(record["num_preempted"] for record in records) == (config.num_pages < 24)
+    assert any(record["moved_in"] for record in records) == (config.host_pages > 0)
+    np.testing.assert_array_equal(
+        simulation.served.cached_lens, [result.num_cached_tokens for result in said]
+    )
+
+
+def test_a_request_alone_takes_the_sum_of_its_steps():
+    _, simulation, logs = run([Arrival(100.0, 7, 3)])
+    np.testing.assert_array_equal(joined(logs, "num_tokens"), [7, 1, 1])
+    prefill = load(tokens=7, samples=1, prefill_tokens=7, prefill_pairs=28, prefill_context=7)
+    decodes = [
+        load(tokens=1, samples=1, decodes=1, decode_context=length, prefill_tiles=0)
+        for length in (8, 9)
+    ]
+    prices = [float(cost_model.step_seconds(COST, each)) for each in (prefill, *decodes)]
+    np.testing.assert_allclose(joined(logs, "seconds"), prices, rtol=1e-6)
+    served = simulation.served
+    assert clock.to_seconds(served.first_tokens)[0] == pytest.approx(100 + prices[0], abs=1e-8)
+    assert clock.to_seconds(served.finishes)[0] == pytest.approx(100 + sum(prices), abs=1e-8)
+
+
+def load(**sums: float) -> Load:
+    some = dict.fromkeys(Load._fields, 0.0) | {"prefill_tiles": 1.0} | sums
+    return Load(**{name: jnp.float32(value) for name, value in some.items()})
+
+
+def test_the_clock_waits_for_arrivals_and_for_nothing_else():
+    _, simulation, logs = run([Arrival(0.0, 4, 2), Arrival(50.0, 4, 2), Arrival(50.0, 4, 2)])
+    firsts = clock.to_seconds(simulation.served.first_tokens)
+    assert firsts[0] < 1 and 50 < firsts[1] < 51 and firsts[1] == firsts[2]
+    assert len(joined(logs, "step")) == 4
+    busy_s = joined(logs, "seconds").astype(np.float64).sum()
+    idle_s = 50 - clock.to_seconds(simulation.served.finishes)[0]
+    assert float(clock.to_seconds(simulation.now)) == pytest.approx(busy_s + idle_s, abs=1e-7)
+
+
+def test_who_arrives_while_a_step_runs_joins_the_next():
+    _, simulation, logs = run([Arrival(0.0, 4, 3), Arrival(1e-9, 4, 3)])
+    np.testing.assert_array_equal(joined(logs, "num_running"), [1, 2, 2, 1])
+    assert bool(jnp.all(simulation.served.finishes.seconds == 0))
+
+
+def test_who_finds_no_row_waits_outside_and_is_served_in_order():
+    config = replace(CONFIG, num_requests=2, num_slots=2)
+    _, simulation, _ = run([Arrival(0.0, 4, 5 + i % 3) for i in range(9)], config)
+    firsts = clock.to_seconds(simulation.served.first_tokens)
+    assert (np.diff(firsts) >= 0).all()
+    assert int(simulation.num_arrived) == int(simulation.num_done) == 9
+
+
+def test_samples_arrive_together_and_share_their_prompt():
+    config = replace(CONFIG, num_requests=5)
+    requests = [Arrival(0.0, 9, 4, num_samples=3), Arrival(0.0, 9, 4, num_samples=3)]
+    trace, simulation, logs = run(requests, config)
+    np.testing.assert_array_equal(trace.leaders, [0, 0, 0, 3, 3, 3])
+    # Three rows are left of five, too few for the second until the first is done.
+    assert joined(logs, "num_running").max() == 3
+    # A prompt once each, and then a token a sequence.
+    assert joined(logs, "num_tokens").sum() == 2 * (9 + 3 * 3)
+    firsts = clock.to_seconds(simulation.served.first_tokens)
+    assert firsts[0] == firsts[1] == firsts[2] < firsts[3]
+
+
+def test_content_that_begins_alike_is_found_and_no_other():
+    config, lru = replace(CONFIG, num_pages=48), CACHED["lru"]
+    requests = [
+        Arrival(0.0, 16, 4, content=(7, 8)),
+        Arrival(10.0, 16, 4, content=(7, 9)),
+        Arrival(20.0, 16, 4),
+        Arrival(30.0, 16, 4),
+    ]
+    _, simulation, _ = run(requests, config, lru, tokens_each=8)
+    np.testing.assert_array_equal(simulation.served.cached_lens, [0, 8, 0, 0])
+
+
+def test_where_the_host_reads_changes_nothing():
+    requests = [Arrival(0.01 * i, 5 + i, 9) for i in range(7)]
+    once = run(requests, TIGHT)[1]
+    often = run(requests, replace(TIGHT, log_steps=3))[1]
+    jax.tree.map(np.testing.assert_array_equal, once.served, often.served)
+    assert int(once.served.num_preemptions.sum()) > 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ([], "at least one request"),
+        ([Arrival(1.0, 4, 2), Arrival(0.5, 4, 2)], "request 1 arrives before"),
+        ([Arrival(-1.0, 4, 2)], "times must be from 0"),
+        ([Arrival(0.0, 0, 2)], "request 0: prompt_len=0 must be positive"),
+        ([Arrival(0.0, 4, 45)], r"4 \+ 45 tokens are more than the 48 of a slot"),
+        ([Arrival(0.0, 40, 8, num_samples=4)], "request 0 can need 48 pages of the 24"),
+        ([Arrival(0.0, 4, 2, num_samples=5)], "5 sequences are more than the 4"),
+    ],
+)
+def test_a_trace_that_cannot_be_served_is_refused(wrong, words):
+    with pytest.raises(ConfigError, match=words):
+        traces.create(wrong, CONFIG, PAGED)
