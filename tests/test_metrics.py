@@ -1,9 +1,17 @@
 """Rates and shares of a run, from step records written by hand."""
 
+import numpy as np
 import pytest
 
 from jaxpage.config import EngineConfig
-from jaxpage.sim.metrics import steps_short_of_memory, summarise, waste_shares
+from jaxpage.sim.metrics import (
+    Timeline,
+    columns_of,
+    latency_summary,
+    steps_short_of_memory,
+    summarise,
+    waste_shares,
+)
 
 CONFIG = EngineConfig(
     num_slots=4, num_pages=10, page_size=1, pages_per_slot=8, num_requests=9, token_buckets=(4, 16)
@@ -41,7 +49,8 @@ def summary_of(*records: dict[str, int]) -> dict[str, float]:
 
 def test_only_steps_that_lack_memory_and_neither_slot_nor_budget_count_as_short_of_it():
     records = [FILLING, SHORT, ALL_SLOTS, IDLE]
-    assert steps_short_of_memory(records, CONFIG) == [SHORT]
+    short = steps_short_of_memory(columns_of(records), CONFIG)
+    np.testing.assert_array_equal(short, [False, True, False, False])
 
 
 def test_shares_are_means_over_the_steps_short_of_memory():
@@ -68,4 +77,24 @@ def test_rates_count_what_was_printed_and_what_was_read():
 
 
 def test_no_steps_have_no_shares():
-    assert set(waste_shares([]).values()) == {0.0}
+    assert set(waste_shares(columns_of([])).values()) == {0.0}
+    summary = summary_of()
+    assert summary["steps"] == summary["mean_batched_requests"] == summary["preemptions"] == 0
+
+
+def test_latency_is_of_the_first_token_of_each_later_one_and_of_all():
+    timeline = Timeline(
+        arrival_s=np.array([1.0, 2.0, 2.0]),
+        first_token_s=np.array([2.0, 2.5, 6.0]),
+        finish_s=np.array([6.0, 2.5, 11.0]),
+        output_lens=np.array([5, 1, 3]),
+    )
+    found = latency_summary(timeline, slo_first_token_s=1.0, slo_token_s=2.0)
+    assert [found[f"ttft_{name}_s"] for name in ("p50", "mean")] == [1.0, pytest.approx(5.5 / 3)]
+    assert found["tpot_p50_s"] == 1.0 and found["tpot_p99_s"] == pytest.approx(2.47)
+    assert found["normalized_latency_mean_s"] == pytest.approx((1.0 + 0.5 + 3.0) / 3)
+    assert (found["latency_p50_s"], found["span_s"], found["requests"]) == (5.0, 10.0, 3)
+    assert (found["requests_per_s"], found["output_tokens_per_s"]) == (0.3, 0.9)
+    # The first two are within both.
+    assert found["goodput_per_s"] == 0.2
+    assert latency_summary(timeline)["goodput_per_s"] == 0.3

@@ -34,9 +34,9 @@ def run(
     while int(simulation.num_done) < trace.num_sequences:
         simulation = step(simulation, trace, config, allocator, cost)
         assert not bool(simulation.is_stuck)
-        rows = slice(int(simulation.log.count))
-        columns = {k: np.array(v[rows]) for k, v in simulation.log.records._asdict().items()}
-        logs.append(columns | {"seconds": np.array(simulation.log.seconds[rows])})
+        rows, steps = slice(int(simulation.log.count)), simulation.log.steps
+        columns = {k: np.array(v[rows]) for k, v in steps.record._asdict().items()}
+        logs.append(columns | {"seconds": np.array(steps.seconds[rows])})
     return trace, simulation, logs
 
 
@@ -83,8 +83,8 @@ def test_engine_and_simulator_make_identical_plans(allocator, config):
         same(served.slots, simulated.slots)
         for name in ("tokens", "num_tokens", "computed_lens", "first_steps", "final_steps"):
             same(getattr(served.requests, name), getattr(simulated.requests, name), name)
-        jax.tree.map(same, engine.state.log.records, simulation.log.records)
-        records.append({k: int(v[0]) for k, v in simulation.log.records._asdict().items()})
+        jax.tree.map(same, engine.state.log.records, simulation.log.steps.record)
+        records.append({k: int(v[0]) for k, v in simulation.log.steps.record._asdict().items()})
     assert not bool(jnp.any(engine.state.scheduler.unfinished))
     assert any(record["num_preempted"] for record in records) == (config.num_pages < 24)
     assert any(record["moved_in"] for record in records) == (config.host_pages > 0)

@@ -6,6 +6,7 @@ where nothing is to be done the clock goes on to the next arrival.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,11 +45,18 @@ class Served(struct.PyTreeNode):
     cached_lens: jax.Array  # i32[n], tokens found in the prefix cache at first admission
 
 
+class Step(NamedTuple):
+    """A step and its price; of `log_steps` in the log."""
+
+    record: StepRecord  # i32 each
+    seconds: jax.Array  # f32, what it took
+    end: Time  # when it was over
+
+
 class StepLog(struct.PyTreeNode):
     """The steps since the host last read."""
 
-    records: StepRecord  # i32[log_steps] each
-    seconds: jax.Array  # f32[log_steps], what a step took
+    steps: Step  # [log_steps]
     count: jax.Array  # i32[], rows filled
 
 
@@ -80,8 +88,11 @@ def create(trace: Trace, config: EngineConfig, allocator: Allocator) -> Simulati
         numbers=jnp.full((rows,), n, jnp.int32),
         served=Served(clock.never((n,)), clock.never((n,)), zeros(n), zeros(n)),
         log=StepLog(
-            records=StepRecord(*(zeros(config.log_steps) for _ in StepRecord._fields)),
-            seconds=jnp.zeros((config.log_steps,), jnp.float32),
+            Step(
+                record=StepRecord(*(zeros(config.log_steps) for _ in StepRecord._fields)),
+                seconds=jnp.zeros((config.log_steps,), jnp.float32),
+                end=clock.never((config.log_steps,)),
+            ),
             count=jnp.asarray(0, jnp.int32),
         ),
         is_stuck=jnp.asarray(False),
@@ -126,13 +137,14 @@ def simulate_step(
     simulation = arrive(_wait_if_idle(simulation, trace), trace)
     scheduler, plan = plan_step(simulation.scheduler, config, allocator, policy)
     seconds = step_seconds(cost, _load(plan))
-    log = _write_log(simulation.log, record_step(scheduler, plan), seconds)
+    now = clock.after(simulation.now, seconds)
+    log = _write(simulation.log, Step(record_step(scheduler, plan), seconds, now))
     outcome = _outcome(trace, simulation.numbers, scheduler.requests, plan)
     scheduler = commit_step(scheduler, plan, outcome, allocator, eos_ids=())
     is_stuck = (seconds == 0) & (simulation.num_arrived == trace.num_sequences)
     simulation = simulation.replace(
         scheduler=scheduler,
-        now=clock.after(simulation.now, seconds),
+        now=now,
         log=log,
         is_stuck=is_stuck,
     )
@@ -205,12 +217,9 @@ def _outcome(trace: Trace, numbers: jax.Array, requests: Requests, plan: Plan) -
     )
 
 
-def _write_log(log: StepLog, record: StepRecord, seconds: jax.Array) -> StepLog:
-    return StepLog(
-        records=jax.tree.map(lambda kept, new: kept.at[log.count].set(new), log.records, record),
-        seconds=log.seconds.at[log.count].set(seconds),
-        count=log.count + 1,
-    )
+def _write(log: StepLog, step: Step) -> StepLog:
+    steps = jax.tree.map(lambda kept, new: kept.at[log.count].set(new), log.steps, step)
+    return StepLog(steps, log.count + 1)
 
 
 def _note(simulation: Simulation, plan: Plan) -> Simulation:
