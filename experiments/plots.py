@@ -7,7 +7,7 @@ DIR holds one folder a run (`summary.json`, `steps.jsonl`, `requests.jsonl`, `ow
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -154,23 +154,28 @@ def draw_all(folder: Path) -> list[Path]:
     runs = read_runs(folder)
     require(bool(runs), f"{folder} holds no run that succeeded: there is nothing to draw")
     paths = [folder / name for name in ("waste.png", "batch_size.png", "page_map.png")]
-    for draw, path in zip((waste_bars, batch_over_time, page_map), paths, strict=True):
-        draw(runs, path)
+    waste_bars({run.allocator: run.shares for run in runs}, paths[0])
+    batch_over_time(runs, paths[1])
+    page_map(runs, paths[2])
     return paths
 
 
-def waste_bars(runs: Sequence[Run], path: Path) -> None:
-    """Where the KV memory was: a bar for each run, and the paper's Fig 2 beside it, lighter."""
+def waste_bars(shares: Mapping[str, np.ndarray], path: Path) -> None:
+    """Where the KV memory was: a bar an allocator, and the paper's Fig 2 beside it, lighter.
+
+    `shares` are percent by waste category, `f64[4]`.
+    """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 6.2), layout="constrained")
         axes = figure.add_subplot()
-        for x, run in enumerate(runs):
-            _stack(axes, x - 0.19, run.shares, alpha=1.0)
-            if run.allocator in PAPER_SHARES:
-                _stack(axes, x + 0.19, np.array(PAPER_SHARES[run.allocator]), alpha=0.4)
+        for x, (name, ours) in enumerate(shares.items()):
+            _stack(axes, x - 0.19, ours, alpha=1.0)
+            if name in PAPER_SHARES:
+                _stack(axes, x + 0.19, np.array(PAPER_SHARES[name]), alpha=0.4)
             for offset, whose in ((-0.19, "here"), (0.19, "paper")):
                 axes.text(x + offset, -2, whose, ha="center", va="top", color=FAINT, fontsize=10)
-        axes.set_xticks(range(len(runs)), [run.label for run in runs], fontsize=14)
+        labels = [LABELS.get(name, name) for name in shares]
+        axes.set_xticks(range(len(shares)), labels, fontsize=14)
         axes.tick_params(axis="x", length=0, pad=22)
         axes.set_ylim(0, 100)
         axes.set_yticks(range(0, 101, 25))
@@ -180,7 +185,7 @@ def waste_bars(runs: Sequence[Run], path: Path) -> None:
             for name in reversed(WASTE_CATEGORIES)
         ]
         figure.legend(handles=handles, loc="outside right center", frameon=False)
-        filled = {run.allocator: f"{run.shares[0]:.0f} %" for run in runs}
+        filled = {name: f"{ours[0]:.0f} %" for name, ours in shares.items()}
         _head(figure, "The share of KV memory that holds tokens: " + _compare(filled))
         _foot(
             figure,

@@ -95,8 +95,7 @@ def define_flags() -> None:
 
 
 def main(_: list[str]) -> None:
-    out = Path(FLAGS.out)
-    require(not out.exists() or out.is_dir(), f"--out={out} is a file: name a folder")
+    out = common.make_folder(FLAGS.out)
     recorded = retimed(trace_files.read(Path(FLAGS.trace), FLAGS.trace_format))
     cost = cost_by_flags()
     config, allocator = config_by_flags(cost, recorded), allocator_by_flags()
@@ -114,7 +113,6 @@ def main(_: list[str]) -> None:
     wall_s = time.perf_counter() - start_s
     row = summary(run, config) | {"wall_s": wall_s}
     row["simulated_requests_per_wall_s"] = len(recorded.requests) / wall_s
-    out.mkdir(parents=True, exist_ok=True)
     write(out, run, row | common.provenance())
     common.print_last_line(row | common.provenance())
 

@@ -5,8 +5,6 @@ those of Vidur (Agrawal et al. 2024, MLSys): linear and elementwise operations b
 and attention by batch. Files may be compressed (`.gz`).
 """
 
-import csv
-import gzip
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 
 from jaxpage.config import ConfigError, require
 from jaxpage.sim import kernels
+from jaxpage.sim.csv_files import read_rows
 from jaxpage.sim.kernels import (
     ACTIVATION,
     ADD,
@@ -78,17 +77,11 @@ class Table:
 
     def __init__(self, path: Path, columns: Sequence[str], **where: str):
         self.path = path
-        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
-            reader = csv.DictReader(file)
-            missing = sorted(set(columns) - set(reader.fieldnames or ()))
-            require(
-                not missing, f"{path}:1: no column {', '.join(missing)}; found {reader.fieldnames}"
-            )
-            records = [
-                (reader.line_num, record)
-                for record in reader
-                if all(record[name] == value for name, value in where.items())
-            ]
+        records = [
+            (line, record)
+            for line, record in read_rows(path, columns)
+            if all(record[name] == value for name, value in where.items())
+        ]
         require(len(records) > 0, f"{path}: no record with {where}" if where else f"{path}: empty")
         self.lines = [line for line, _ in records]
         self.records = [record for _, record in records]

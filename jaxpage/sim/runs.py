@@ -54,9 +54,12 @@ def run(
     policy: PolicyFn,
     *,
     tokens_each: int = 1,
+    until_s: float = np.inf,
     on_progress: Callable[[int], object] | None = None,
 ) -> Run:
     """Simulates until the last request is done; `on_progress` hears of how many sequences are.
+
+    Soon after `until_s`, when the log is full, it stops; times that are not known then are NaN.
 
     Raises:
       ConfigError: as `trace.create`; or the cost model's pages have another size.
@@ -77,6 +80,8 @@ def run(
         if bool(simulation.is_stuck):
             raise AssertionError(f"nothing can be done, with {num_done} sequences done")
         logs.append(_read(simulation.log))
+        if logs[-1]["end_s"][-1] > until_s:
+            break
     served = simulation.served
     return Run(
         timeline=_timeline(requests, trace, served),

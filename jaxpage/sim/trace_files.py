@@ -10,8 +10,6 @@ Formats, plain or `.gz`:
 - `lengths`: CSV with `prompt_len` and `output_len`, and no times.
 """
 
-import csv
-import gzip
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,11 +18,10 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxpage.config import ConfigError, require
+from jaxpage.sim.csv_files import integer, open_text, read_rows
 from jaxpage.sim.trace import Arrival
 
 MOONCAKE_TOKENS = 512  # that a number of `hash_ids` stands for
-
-Row = dict[str, str]
 
 
 class Recorded(NamedTuple):
@@ -46,25 +43,24 @@ def read(path: Path, trace_format: str) -> Recorded:
         trace_format in FORMATS,
         f"trace format {trace_format!r} is none of {', '.join(sorted(FORMATS))}",
     )
-    require(path.is_file(), f"{path}: no such file")
     return FORMATS[trace_format](path)
 
 
 def _azure(path: Path) -> Recorded:
     columns = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-    return _timed(path, _csv_rows(path, columns), _instant, columns)
+    return _timed(path, read_rows(path, columns), _instant, columns)
 
 
 def _burstgpt(path: Path) -> Recorded:
     columns = ("Timestamp", "Request tokens", "Response tokens")
-    return _timed(path, _csv_rows(path, columns), _seconds, columns)
+    return _timed(path, read_rows(path, columns), _seconds, columns)
 
 
 def _lengths(path: Path) -> Recorded:
     columns = ("prompt_len", "output_len")
     found = [
         Arrival(0.0, *_both_lengths(path, line, row, columns))
-        for line, row in _csv_rows(path, columns)
+        for line, row in read_rows(path, columns)
     ]
     return Recorded(_some(path, found), tokens_each=1, has_times=False)
 
@@ -131,14 +127,11 @@ def _some(path: Path, requests: list[Arrival]) -> list[Arrival]:
 
 def _both_lengths(path: Path, line: int, row: dict, columns: Sequence[str]) -> tuple[int, int]:
     def length(column: str) -> int:
-        said = f"{path}, line {line}: {column}={row[column]!r}"
-        try:
-            found = int(row[column])
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"{said} is no number of tokens") from error
+        found = integer(path, line, row, column)
         require(
             found > 0,
-            f"{said}: a request has at least one token each way; leave out requests that failed",
+            f"{path}, line {line}: {column}={found}: a request has at least one token each way; "
+            "leave out requests that failed",
         )
         return found
 
@@ -146,26 +139,8 @@ def _both_lengths(path: Path, line: int, row: dict, columns: Sequence[str]) -> t
     return length(prompt), length(output)
 
 
-def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
-    with _open(path) as file:
-        reader = csv.DictReader(file)
-        found = reader.fieldnames or []
-        missing = [column for column in columns if column not in found]
-        require(
-            not missing,
-            f"{path}, line 1: expected a header with {', '.join(columns)}, found {list(found)}",
-        )
-        for row in reader:
-            # With too few fields the rest are None, with too many a list under None.
-            require(
-                None not in row and None not in row.values(),
-                f"{path}, line {reader.line_num}: expected {len(found)} fields",
-            )
-            yield reader.line_num, row
-
-
 def _json_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, dict]]:
-    with _open(path) as file:
+    with open_text(path) as file:
         for line, text in enumerate(file, 1):
             try:
                 row = json.loads(text)
@@ -176,12 +151,6 @@ def _json_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, dict]]:
                 f"{path}, line {line}: expected an object with {', '.join(fields)}",
             )
             yield line, row
-
-
-def _open(path: Path):
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", newline="")
-    return path.open(encoding="utf-8", newline="")
 
 
 def _instant(value: object) -> int:

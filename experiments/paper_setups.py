@@ -1,0 +1,131 @@
+"""The settings of the paper's evaluation (Kwon et al. 2023, section 6.1, table 1), and lengths."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from jaxpage.config import EngineConfig, require
+from jaxpage.paging.allocator import ALLOCATORS
+from jaxpage.scheduling.policies import POLICIES
+from jaxpage.sim import cost_model, runs
+from jaxpage.sim import lengths as length_sets
+from jaxpage.sim.cost_model import CostModel
+from jaxpage.sim.device import DEVICES, DeviceSpec
+from jaxpage.sim.lengths import Lengths
+from jaxpage.sim.runs import Run
+from jaxpage.sim.shapes import SHAPES, ModelShape
+from jaxpage.sim.trace import Arrival
+
+FLAGS = flags.FLAGS
+
+GIB = 2**30
+MAX_TOKENS = 2048  # of a sequence: OPT's longest
+PAGE_SIZE = 16
+# Fig 11: mean prompt and output tokens of OPT's tokenizer.
+PRINTED_MEANS = {"sharegpt": (161.31, 337.99), "alpaca": (19.31, 58.45)}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A row of table 1."""
+
+    shape: ModelShape
+    device: DeviceSpec
+    num_devices: int
+    kv_bytes: int  # as printed, in GiB: 12, 21 and 264
+
+    @property
+    def kv_tokens(self) -> int:
+        """Table 1's "max # KV cache slots"."""
+        return self.kv_bytes // self.shape.kv_bytes_per_token
+
+    def config(self, allocator: str, num_slots: int = 256) -> EngineConfig:
+        """An engine with this memory; a step computes up to 2,560 tokens, vLLM's limit then."""
+        return EngineConfig(
+            num_slots=num_slots,
+            num_pages=self.kv_tokens // PAGE_SIZE,
+            page_size=PAGE_SIZE,
+            pages_per_slot=MAX_TOKENS // PAGE_SIZE,
+            num_requests=2 * num_slots,
+            token_buckets=(2560,),
+            headroom_pages=int(ALLOCATORS[allocator].grows),
+            log_steps=2048,
+        )
+
+    def cost(self, overhead_s: float = 0.0) -> CostModel:
+        """With the efficiencies that A100s measured."""
+        return cost_model.create(
+            self.shape,
+            self.device,
+            num_devices=self.num_devices,
+            page_size=PAGE_SIZE,
+            overhead_s=overhead_s,
+        )
+
+    def run(
+        self,
+        allocator: str,
+        requests: Sequence[Arrival],
+        *,
+        overhead_s: float = 0.0,
+        until_s: float = np.inf,
+    ) -> tuple[Run, EngineConfig]:
+        """Simulates them, first come, first served."""
+        config, cost = self.config(allocator), self.cost(overhead_s)
+        memory = ALLOCATORS[allocator]
+        run = runs.run(requests, cost, config, memory, POLICIES["fcfs"], until_s=until_s)
+        return run, config
+
+
+SETUPS: dict[str, Setup] = {
+    "opt-13b": Setup(SHAPES["opt-13b"], DEVICES["a100-40gb"], 1, 12 * GIB),
+    "opt-66b": Setup(SHAPES["opt-66b"], DEVICES["a100-40gb"], 4, 21 * GIB),
+    "opt-175b": Setup(SHAPES["opt-175b"], DEVICES["a100-80gb"], 8, 264 * GIB),
+}
+
+
+def define_length_flags() -> None:
+    flags.DEFINE_string(
+        "turns",
+        None,
+        "ShareGPT's turns by length: CSV with conv_index, turn_index, role and --token_column. By "
+        "default lengths are drawn, log-normal about the paper's means, and say so.",
+    )
+    flags.DEFINE_string("token_column", "gpt2_tokens", "The column of --turns with the lengths.")
+    flags.DEFINE_enum(
+        "pairs", "first", length_sets.PAIRING_RULES, "Which turns of --turns are requests."
+    )
+    flags.DEFINE_string(
+        "alpaca",
+        None,
+        "Alpaca's lengths: CSV with gpt2_instruction_input and gpt2_output. By default drawn.",
+    )
+    flags.DEFINE_bool("rescale", True, "Bring lengths to the means that the paper prints (Fig 11).")
+    flags.DEFINE_integer("seed", 0, "The seed of what is drawn.")
+
+
+def lengths_by_flags(dataset: str) -> tuple[Lengths, str]:
+    """Those of `sharegpt` or `alpaca` up to `MAX_TOKENS` in all, and a sentence on their source."""
+    path = FLAGS.turns if dataset == "sharegpt" else FLAGS.alpaca
+    means = PRINTED_MEANS[dataset]
+    if path is None:
+        rng = np.random.default_rng(FLAGS.seed)
+        return length_sets.within(length_sets.drawn(rng, 20_000, *means), MAX_TOKENS), (
+            f"drawn, log-normal about the means of {dataset} that the paper prints"
+        )
+    if dataset == "sharegpt":
+        turns = length_sets.read_turns(Path(path), FLAGS.token_column)
+        found = length_sets.pairs_of(turns, FLAGS.pairs)
+        source = f"{Path(path).name}, {FLAGS.token_column} and BOS, {FLAGS.pairs} pairs"
+    else:
+        found = length_sets.read_lengths(Path(path), "gpt2_instruction_input", "gpt2_output", bos=1)
+        source = f"{Path(path).name}, GPT-2 tokens and BOS"
+    found = length_sets.within(found, MAX_TOKENS)
+    require(len(found.prompts) > 0, f"{path}: no request of up to {MAX_TOKENS} tokens")
+    if FLAGS.rescale:
+        found = length_sets.within(length_sets.rescaled(found, *means), MAX_TOKENS)
+        source += ", in proportion to the printed means"
+    return found, source
