@@ -15,6 +15,7 @@ within a tenth of the paper. Refuted if not.
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -57,20 +58,19 @@ def main(_: list[str]) -> None:
             requests, sources[dataset] = make_requests(dataset, span_s)
             batches[dataset], overheads[dataset] = {}, {}
             for allocator in LABELS:
-                batch, step_s = measure(allocator, requests, span_s)
+                found = measure(allocator, requests)
                 overhead_s = None
-                if FLAGS.search and not FLAGS.quick and allocator != "max":
-                    overhead_s = overhead_for(
-                        PAPER[dataset][allocator], allocator, requests, span_s
-                    )
-                batches[dataset][allocator] = batch
+                if FLAGS.search and not FLAGS.quick and found.is_by_time:
+                    overhead_s = overhead_for(PAPER[dataset][allocator], allocator, requests)
+                batches[dataset][allocator] = found.batch
                 overheads[dataset][allocator] = overhead_s
                 row = {
                     "dataset": dataset,
                     "allocator": allocator,
-                    "batched_requests": batch,
+                    "batched_requests": found.batch,
                     "paper": PAPER[dataset][allocator],
-                    "mean_step_s": step_s,
+                    "mean_step_s": found.step_s,
+                    "steps_with_a_queue": found.queued,
                     "overhead_s_for_paper": overhead_s,
                 }
                 file.write(json.dumps(row) + "\n")
@@ -90,39 +90,46 @@ def make_requests(dataset: str, span_s: float) -> tuple[list[Arrival], str]:
     return length_sets.requests_of(chosen, arrivals.poisson(rng, num, RATES[dataset])), source
 
 
-def measure(
-    allocator: str, requests: Sequence[Arrival], span_s: float, overhead_s: float = 0.0
-) -> tuple[float, float]:
-    """Mean batch, and mean seconds of a step, over the second half of the time until the end.
+class Found(NamedTuple):
+    """Means over steps."""
 
-    In the first half the system fills.
-    """
+    batch: float  # requests
+    step_s: float
+    queued: float  # share of the steps in which requests wait
+
+    @property
+    def is_by_time(self) -> bool:
+        """Whether the batch hangs on the length of a step; with a queue always, on memory alone."""
+        return self.queued < 0.99
+
+
+def measure(allocator: str, requests: Sequence[Arrival], overhead_s: float = 0.0) -> Found:
+    """Over the second half of the time until the last arrival; in the first the system fills."""
     until_s = requests[-1].arrival_s
     run, _ = paper_setups.SETUPS["opt-13b"].run(
         allocator, requests, overhead_s=overhead_s, until_s=until_s
     )
     counts = (run.steps["end_s"] > until_s / 2) & (run.steps["end_s"] <= until_s)
-    batch = np.mean(run.steps["num_running"][counts])
-    return float(batch), float(np.mean(run.steps["seconds"][counts]))
+    steps = {name: column[counts] for name, column in run.steps.items()}
+    means = (steps["num_running"], steps["seconds"], steps["num_waiting"] > 0)
+    return Found(*(float(np.mean(values)) for values in means))
 
 
-def overhead_for(
-    paper: float, allocator: str, requests: Sequence[Arrival], span_s: float
-) -> float | None:
+def overhead_for(paper: float, allocator: str, requests: Sequence[Arrival]) -> float | None:
     """Seconds to add to a step for the paper's batch, to a tenth of a millisecond.
 
-    None where it is not between those of no overhead and the most: memory decides, or the model's
-    steps are too long already.
+    None where no overhead up to the most would: steps are too long already, or memory too short.
     """
+
+    def is_less(overhead_s: float) -> bool:
+        return measure(allocator, requests, overhead_s).batch < paper
+
     low, high = 0.0, MOST_OVERHEAD_S
-    if measure(allocator, requests, span_s, low)[0] > paper:
-        return None
-    if measure(allocator, requests, span_s, high)[0] < paper:
+    if not is_less(low) or is_less(high):
         return None
     while high - low > 1e-4:
         middle = (low + high) / 2
-        batch, _ = measure(allocator, requests, span_s, middle)
-        low, high = (middle, high) if batch < paper else (low, middle)
+        low, high = (middle, high) if is_less(middle) else (low, middle)
     return high
 
 
