@@ -25,14 +25,19 @@ TIGHT = replace(CONFIG, num_pages=12)  # so that sequences are preempted
 
 
 def run(
-    requests, config: EngineConfig = CONFIG, allocator=PAGED, cost: CostModel = COST, tokens_each=1
+    requests,
+    config: EngineConfig = CONFIG,
+    allocator=PAGED,
+    cost: CostModel = COST,
+    tokens_each=1,
+    singly=False,
 ) -> tuple[Trace, Simulation, list[dict[str, np.ndarray]]]:
     """Until all is done; the records of all steps, with their seconds."""
     trace = traces.create(requests, config, allocator, tokens_each=tokens_each)
     simulation = simulate.create(trace, config, allocator)
     logs = []
-    while int(simulation.num_done) < trace.num_sequences:
-        simulation = step(simulation, trace, config, allocator, cost)
+    while int(simulation.num_done) < int(trace.count):
+        simulation = step(simulation, trace, config, allocator, cost, singly)
         assert not bool(simulation.is_stuck)
         rows, steps = slice(int(simulation.log.count)), simulation.log.steps
         columns = {k: np.array(v[rows]) for k, v in steps.record._asdict().items()}
@@ -40,9 +45,9 @@ def run(
     return trace, simulation, logs
 
 
-def step(simulation, trace, config, allocator, cost=COST) -> Simulation:
+def step(simulation, trace, config, allocator, cost=COST, singly=False) -> Simulation:
     return simulate.simulate_steps(
-        simulation, trace, cost, config=config, allocator=allocator, policy=fcfs
+        simulation, trace, cost, config=config, allocator=allocator, policy=fcfs, singly=singly
     )
 
 
@@ -89,8 +94,40 @@ def test_engine_and_simulator_make_identical_plans(allocator, config):
     assert any(record["num_preempted"] for record in records) == (config.num_pages < 24)
     assert any(record["moved_in"] for record in records) == (config.host_pages > 0)
     np.testing.assert_array_equal(
-        simulation.served.cached_lens, [result.num_cached_tokens for result in said]
+        simulation.served.cached_lens[:6], [result.num_cached_tokens for result in said]
     )
+
+
+@pytest.mark.parametrize(
+    ("allocator", "config"),
+    [
+        ("paged", CONFIG),
+        ("paged", TIGHT),
+        ("paged", replace(TIGHT, headroom_pages=1, log_steps=5)),
+        ("paged", replace(TIGHT, preemption="fine", host_pages=8)),
+        ("pow2", replace(CONFIG, num_pages=28)),
+    ],
+)
+def test_runs_of_decode_steps_are_what_steps_taken_singly_are(allocator, config):
+    """To the bit: when each request was served, and every record of every step."""
+    num_together = 0
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        gaps_s = rng.exponential([0.02, 0.3, 2.0][seed % 3], 24)
+        requests = [
+            Arrival(at_s, *rng.integers(1, 12, 2).tolist(), num_samples=1 + i % 2)
+            for i, at_s in enumerate(np.cumsum(gaps_s).tolist())
+        ]
+        _, singly, each = run(requests, config, ALLOCATORS[allocator], singly=True)
+        _, together, runs = run(requests, config, ALLOCATORS[allocator])
+        same = np.testing.assert_array_equal
+        jax.tree.map(same, singly.served, together.served)
+        jax.tree.map(same, singly.now, together.now)
+        for name in each[0]:
+            same(joined(each, name), joined(runs, name), name)
+        num_together += len(joined(runs, "step")) - int(together.num_planned)
+        assert int(singly.num_planned) == len(joined(each, "step"))
+    assert num_together > 40
 
 
 def test_a_request_alone_takes_the_sum_of_its_steps():
@@ -132,7 +169,7 @@ def test_who_arrives_while_a_step_runs_joins_the_next():
 def test_who_finds_no_row_waits_outside_and_is_served_in_order():
     config = replace(CONFIG, num_requests=2, num_slots=2)
     _, simulation, _ = run([Arrival(0.0, 4, 5 + i % 3) for i in range(9)], config)
-    firsts = clock.to_seconds(simulation.served.first_tokens)
+    firsts = clock.to_seconds(simulation.served.first_tokens)[:9]
     assert (np.diff(firsts) >= 0).all()
     assert int(simulation.num_arrived) == int(simulation.num_done) == 9
 
@@ -141,7 +178,7 @@ def test_samples_arrive_together_and_share_their_prompt():
     config = replace(CONFIG, num_requests=5)
     requests = [Arrival(0.0, 9, 4, num_samples=3), Arrival(0.0, 9, 4, num_samples=3)]
     trace, simulation, logs = run(requests, config)
-    np.testing.assert_array_equal(trace.leaders, [0, 0, 0, 3, 3, 3])
+    np.testing.assert_array_equal(trace.leaders[:6], [0, 0, 0, 3, 3, 3])
     # Three rows are left of five, too few for the second until the first is done.
     assert joined(logs, "num_running").max() == 3
     # A prompt once each, and then a token a sequence.

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax import lax
 
 from jaxpage.config import Prices, require
 from jaxpage.sim import kernels
@@ -111,7 +112,12 @@ def load_of(
 
 
 def step_seconds(cost: CostModel, load: Load) -> jax.Array:
-    """Seconds of a step, `f32[]`; an empty one takes none."""
+    """Seconds of a step, `f32[]`; an empty one takes none.
+
+    Between barriers: fused with its surroundings XLA rounds it differently, and a load is to have
+    one price wherever it is asked.
+    """
+    load = lax.optimization_barrier(load)
     kinds, works, times = zip(*_kernels(cost, load), strict=True)
     which = np.asarray(kinds)
     work = Work(*(jnp.stack(column) for column in zip(*works, strict=True)))
@@ -119,7 +125,7 @@ def step_seconds(cost: CostModel, load: Load) -> jax.Array:
     flops_per_s, bytes_per_s = (rate[which] for rate in roofs(cost.device))
     seconds = kernel_seconds(efficiency, flops_per_s, bytes_per_s, work)
     total = jnp.sum(seconds * np.asarray(times, np.float32))
-    return jnp.where(total > 0, total + cost.overhead_s, 0.0)
+    return lax.optimization_barrier(jnp.where(total > 0, total + cost.overhead_s, 0.0))
 
 
 def _kernels(cost: CostModel, load: Load) -> list[tuple[int, Work, int]]:

@@ -14,6 +14,7 @@ from jaxpage.sim.cost_model import CostModel
 from jaxpage.sim.device import DeviceSpec
 from jaxpage.sim.metrics import Steps, Timeline
 from jaxpage.sim.shapes import ModelShape
+from jaxpage.sim.step_log import StepLog
 from jaxpage.sim.trace import Arrival
 
 # What vLLM leaves to weights and KV by default (gpu_memory_utilization); the rest is activations.
@@ -71,7 +72,7 @@ def run(
     trace = traces.create(requests, config, allocator, tokens_each=tokens_each)
     simulation = simulate.create(trace, config, allocator)
     logs: list[dict[str, np.ndarray]] = []
-    while (num_done := int(simulation.num_done)) < trace.num_sequences:
+    while (num_done := int(simulation.num_done)) < int(trace.count):
         if on_progress is not None:
             on_progress(num_done)
         simulation = simulate.simulate_steps(
@@ -91,7 +92,7 @@ def run(
     )
 
 
-def _read(log: simulate.StepLog) -> dict[str, np.ndarray]:
+def _read(log: StepLog) -> dict[str, np.ndarray]:
     count, (record, seconds, end) = int(log.count), log.steps
     columns = {name: np.array(column)[:count] for name, column in record._asdict().items()}
     columns |= {"seconds": np.array(seconds)[:count], "end_s": clock.to_seconds(end)[:count]}
@@ -112,5 +113,6 @@ def _timeline(
 
 def _by_request(combine: np.ufunc, trace: traces.Trace, values: np.ndarray) -> np.ndarray:
     """Of the sequences of each request, together."""
-    leaders = np.asarray(trace.leaders)
-    return combine.reduceat(values, np.flatnonzero(leaders == np.arange(len(leaders))))
+    count = int(trace.count)
+    leaders = np.asarray(trace.leaders)[:count]
+    return combine.reduceat(values[:count], np.flatnonzero(leaders == np.arange(count)))

@@ -6,7 +6,6 @@ where nothing is to be done the clock goes on to the next arrival.
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +15,16 @@ from jax import lax
 from jaxpage.config import EngineConfig
 from jaxpage.paging.allocator import Allocator
 from jaxpage.scheduling import state as scheduler_state
-from jaxpage.scheduling.accounting import StepRecord, record_step
+from jaxpage.scheduling.accounting import record_step
 from jaxpage.scheduling.batch import of_slots
 from jaxpage.scheduling.policies import PolicyFn
 from jaxpage.scheduling.state import DONE, FREE, Requests, Sampling, SchedulerState, request_row
 from jaxpage.scheduling.step import Outcome, Plan, commit_step, plan_step
-from jaxpage.sim import clock
+from jaxpage.sim import clock, decode_runs, step_log
 from jaxpage.sim import trace as traces
 from jaxpage.sim.clock import Time
 from jaxpage.sim.cost_model import CostModel, load_of, step_seconds
+from jaxpage.sim.step_log import Step, StepLog
 from jaxpage.sim.trace import Trace
 
 GREEDY = Sampling(
@@ -37,27 +37,12 @@ GREEDY = Sampling(
 
 
 class Served(struct.PyTreeNode):
-    """What became of the `n` sequences of a trace."""
+    """What became of the sequences of a trace, in its `n` rows."""
 
     first_tokens: Time  # [n], when the first output token was there, `never` before
     finishes: Time  # [n]
     num_preemptions: jax.Array  # i32[n]
     cached_lens: jax.Array  # i32[n], tokens found in the prefix cache at first admission
-
-
-class Step(NamedTuple):
-    """A step and its price; of `log_steps` in the log."""
-
-    record: StepRecord  # i32 each
-    seconds: jax.Array  # f32, what it took
-    end: Time  # when it was over
-
-
-class StepLog(struct.PyTreeNode):
-    """The steps since the host last read."""
-
-    steps: Step  # [log_steps]
-    count: jax.Array  # i32[], rows filled
 
 
 class Simulation(struct.PyTreeNode):
@@ -70,12 +55,14 @@ class Simulation(struct.PyTreeNode):
     numbers: jax.Array  # i32[R], the sequence of the trace in each row
     served: Served
     log: StepLog
+    num_planned: jax.Array  # i32[], steps that were; the others were known from those before
+    is_steady: jax.Array  # bool[], the next step may begin a run; see `decode_runs`
     is_stuck: jax.Array  # bool[], nothing can be done and nothing will arrive: a scheduler's fault
 
 
 def create(trace: Trace, config: EngineConfig, allocator: Allocator) -> Simulation:
     """Before the first arrival."""
-    n, rows = trace.num_sequences, config.num_requests
+    n, rows = trace.num_rows, config.num_requests
 
     def zeros(count: int) -> jax.Array:
         return jnp.zeros((count,), jnp.int32)
@@ -87,20 +74,17 @@ def create(trace: Trace, config: EngineConfig, allocator: Allocator) -> Simulati
         num_done=jnp.asarray(0, jnp.int32),
         numbers=jnp.full((rows,), n, jnp.int32),
         served=Served(clock.never((n,)), clock.never((n,)), zeros(n), zeros(n)),
-        log=StepLog(
-            Step(
-                record=StepRecord(*(zeros(config.log_steps) for _ in StepRecord._fields)),
-                seconds=jnp.zeros((config.log_steps,), jnp.float32),
-                end=clock.never((config.log_steps,)),
-            ),
-            count=jnp.asarray(0, jnp.int32),
-        ),
+        log=step_log.create(config.log_steps),
+        num_planned=jnp.asarray(0, jnp.int32),
+        is_steady=jnp.asarray(False),
         is_stuck=jnp.asarray(False),
     )
 
 
 @partial(
-    jax.jit, static_argnames=("config", "allocator", "policy"), donate_argnames=("simulation",)
+    jax.jit,
+    static_argnames=("config", "allocator", "policy", "singly"),
+    donate_argnames=("simulation",),
 )
 def simulate_steps(
     simulation: Simulation,
@@ -110,19 +94,21 @@ def simulate_steps(
     config: EngineConfig,
     allocator: Allocator,
     policy: PolicyFn,
+    singly: bool = False,
 ) -> Simulation:
     """Runs until all sequences are done or the log is full; starts a new log."""
-    n = trace.num_sequences
     log = simulation.log.replace(count=jnp.asarray(0, jnp.int32))
 
     def goes_on(simulation: Simulation) -> jax.Array:
         is_room = simulation.log.count < config.log_steps
-        return is_room & (simulation.num_done < n) & ~simulation.is_stuck
+        return is_room & (simulation.num_done < trace.count) & ~simulation.is_stuck
 
     def step(simulation: Simulation) -> Simulation:
-        return simulate_step(simulation, trace, cost, config, allocator, policy)
+        return simulate_step(simulation, trace, cost, config, allocator, policy, singly)
 
-    return lax.while_loop(goes_on, step, simulation.replace(log=log))
+    # A run of steps begins from the record of one, and a new log has none.
+    start = simulation.replace(log=log, is_steady=jnp.asarray(False))
+    return lax.while_loop(goes_on, step, start)
 
 
 def simulate_step(
@@ -132,20 +118,29 @@ def simulate_step(
     config: EngineConfig,
     allocator: Allocator,
     policy: PolicyFn,
+    singly: bool = False,
 ) -> Simulation:
-    """What is due arrives, and a step is planned, priced, and committed."""
+    """What is due arrives, and a step is planned, priced, and committed; before it, those alike.
+
+    With `singly` there are none before it.
+    """
+    if not singly and decode_runs.can_run(config, allocator):
+        simulation = _run_ahead(simulation, trace, cost, config, allocator)
     simulation = arrive(_wait_if_idle(simulation, trace), trace)
     scheduler, plan = plan_step(simulation.scheduler, config, allocator, policy)
     seconds = step_seconds(cost, _load(plan))
     now = clock.after(simulation.now, seconds)
-    log = _write(simulation.log, Step(record_step(scheduler, plan), seconds, now))
+    log = step_log.write(simulation.log, Step(record_step(scheduler, plan), seconds, now))
     outcome = _outcome(trace, simulation.numbers, scheduler.requests, plan)
+    planned = scheduler
     scheduler = commit_step(scheduler, plan, outcome, allocator, eos_ids=())
-    is_stuck = (seconds == 0) & (simulation.num_arrived == trace.num_sequences)
+    is_stuck = (seconds == 0) & (simulation.num_arrived == trace.count)
     simulation = simulation.replace(
         scheduler=scheduler,
         now=now,
         log=log,
+        num_planned=simulation.num_planned + 1,
+        is_steady=decode_runs.is_steady(planned, plan, scheduler),
         is_stuck=is_stuck,
     )
     return _note(simulation, plan)
@@ -156,15 +151,6 @@ def arrive(simulation: Simulation, trace: Trace) -> Simulation:
 
     Who finds no row waits outside, in order.
     """
-    num_sequences = trace.num_sequences
-
-    def is_next(simulation: Simulation) -> jax.Array:
-        number = jnp.minimum(simulation.num_arrived, num_sequences - 1)
-        num_free = jnp.sum(simulation.scheduler.requests.phases == FREE, dtype=jnp.int32)
-        is_leader = trace.leaders[number] == number
-        has_rows = num_free >= jnp.where(is_leader, trace.num_samples[number], 1)
-        is_due = clock.is_due(trace.arrivals[number], simulation.now)
-        return (simulation.num_arrived < num_sequences) & is_due & has_rows
 
     def submit_next(simulation: Simulation) -> Simulation:
         number, scheduler = simulation.num_arrived, simulation.scheduler
@@ -189,14 +175,46 @@ def arrive(simulation: Simulation, trace: Trace) -> Simulation:
             numbers=simulation.numbers.at[row].set(number),
         )
 
-    return lax.while_loop(is_next, submit_next, simulation)
+    return lax.while_loop(
+        lambda simulation: _arrives(simulation, trace, simulation.now), submit_next, simulation
+    )
+
+
+def _arrives(simulation: Simulation, trace: Trace, now: Time) -> jax.Array:
+    """Whether the next sequence of the trace is due, and there are rows for its request."""
+    number = jnp.minimum(simulation.num_arrived, trace.num_rows - 1)
+    num_free = jnp.sum(simulation.scheduler.requests.phases == FREE, dtype=jnp.int32)
+    is_leader = trace.leaders[number] == number
+    has_rows = num_free >= jnp.where(is_leader, trace.num_samples[number], 1)
+    is_due = clock.is_due(trace.arrivals[number], now)
+    return (simulation.num_arrived < trace.count) & is_due & has_rows
+
+
+def _run_ahead(
+    simulation: Simulation,
+    trace: Trace,
+    cost: CostModel,
+    config: EngineConfig,
+    allocator: Allocator,
+) -> Simulation:
+    scheduler, log, now = decode_runs.run_ahead(
+        simulation.scheduler,
+        simulation.log,
+        simulation.now,
+        simulation.is_steady,
+        partial(_arrives, simulation, trace),
+        partial(step_seconds, cost),
+        config,
+        allocator,
+    )
+    return simulation.replace(scheduler=scheduler, log=log, now=now)
 
 
 def _wait_if_idle(simulation: Simulation, trace: Trace) -> Simulation:
     """The clock at the next arrival, if nothing is there to be done before."""
     number = simulation.num_arrived
-    following = trace.arrivals[jnp.minimum(number, trace.num_sequences - 1)]
-    is_idle = (number < trace.num_sequences) & (simulation.num_done == number)
+    following = trace.arrivals[jnp.minimum(number, trace.num_rows - 1)]
+    is_idle = (number < trace.count) & (simulation.num_done == number)
     later = clock.latest(simulation.now, following)
     now = jax.tree.map(lambda a, b: jnp.where(is_idle, a, b), later, simulation.now)
     return simulation.replace(now=now)
@@ -209,17 +227,12 @@ def _load(plan: Plan):
 
 def _outcome(trace: Trace, numbers: jax.Array, requests: Requests, plan: Plan) -> Outcome:
     """Tokens as the trace has them, so that who goes on from an answer finds it cached."""
-    number = numbers.at[plan.requests].get(mode="fill", fill_value=trace.num_sequences)
+    number = numbers.at[plan.requests].get(mode="fill", fill_value=trace.num_rows)
     return Outcome(
         tokens=traces.tokens_of(trace, number, of_slots(requests.num_tokens, plan.requests)),
         logprobs=jnp.zeros(plan.requests.shape, jnp.float32),
         failed=jnp.zeros(plan.requests.shape, jnp.bool_),
     )
-
-
-def _write(log: StepLog, step: Step) -> StepLog:
-    steps = jax.tree.map(lambda kept, new: kept.at[log.count].set(new), log.steps, step)
-    return StepLog(steps, log.count + 1)
 
 
 def _note(simulation: Simulation, plan: Plan) -> Simulation:

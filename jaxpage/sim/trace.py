@@ -31,8 +31,12 @@ class Arrival:
 
 
 class Trace(struct.PyTreeNode):
-    """`n` sequences, those of one request together."""
+    """Sequences in `n` rows, those of one request together; rows after the last never arrive.
 
+    `n` is a power of two, so that traces of about the same length are one program.
+    """
+
+    count: jax.Array  # i32[], sequences
     arrivals: Time  # [n]
     prompt_lens: jax.Array  # i32[n]
     output_lens: jax.Array  # i32[n]
@@ -43,7 +47,7 @@ class Trace(struct.PyTreeNode):
     tokens_each: int = struct.field(pytree_node=False)
 
     @property
-    def num_sequences(self) -> int:
+    def num_rows(self) -> int:
         return self.prompt_lens.shape[0]
 
 
@@ -73,8 +77,16 @@ def create(
     repeats = np.array([request.num_samples for request in requests])
     firsts = np.cumsum(repeats) - repeats
 
+    count = int(np.sum(repeats))
+    padding = (1 << (count - 1).bit_length()) - count
+
+    def padded(values: np.ndarray) -> np.ndarray:
+        return np.pad(
+            np.repeat(values, repeats, axis=0), [(0, padding), *[(0, 0)] * (values.ndim - 1)]
+        )
+
     def column(values) -> jax.Array:
-        return jnp.asarray(np.repeat(np.asarray(values), repeats), jnp.int32)
+        return jnp.asarray(padded(np.asarray(values)), jnp.int32)
 
     prompts = column([request.prompt_len for request in requests])
     outputs = column([request.output_len for request in requests])
@@ -83,13 +95,14 @@ def create(
     for row, request in zip(content, requests, strict=True):
         row[: len(request.content)] = request.content
     return Trace(
-        arrivals=clock.create(np.repeat(arrival_s, repeats)),
+        count=jnp.asarray(count, jnp.int32),
+        arrivals=clock.create(padded(arrival_s)),
         prompt_lens=prompts,
         output_lens=outputs,
         reserved_lens=allocator.reserve(prompts, prompts + outputs, config.max_seq_len),
         leaders=column(firsts),
         num_samples=column(repeats),
-        content=jnp.asarray(np.repeat(content, repeats, axis=0)),
+        content=column(content),
         tokens_each=tokens_each,
     )
 
