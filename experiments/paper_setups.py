@@ -42,7 +42,9 @@ class Setup:
         """Table 1's "max # KV cache slots"."""
         return self.kv_bytes // self.shape.kv_bytes_per_token
 
-    def config(self, allocator: str, num_slots: int = 256) -> EngineConfig:
+    def config(
+        self, allocator: str, num_slots: int = 256, static_batches: bool = False
+    ) -> EngineConfig:
         """An engine with this memory; a step computes up to 2,560 tokens, vLLM's limit then."""
         return EngineConfig(
             num_slots=num_slots,
@@ -52,6 +54,7 @@ class Setup:
             num_requests=2 * num_slots,
             token_buckets=(2560,),
             headroom_pages=int(ALLOCATORS[allocator].grows),
+            static_batches=static_batches,
             log_steps=2048,
         )
 
@@ -70,11 +73,14 @@ class Setup:
         allocator: str,
         requests: Sequence[Arrival],
         *,
+        num_slots: int = 256,
+        static_batches: bool = False,
         overhead_s: float = 0.0,
         until_s: float = np.inf,
     ) -> tuple[Run, EngineConfig]:
         """Simulates them, first come, first served."""
-        config, cost = self.config(allocator), self.cost(overhead_s)
+        config = self.config(allocator, num_slots, static_batches)
+        cost = self.cost(overhead_s)
         memory = ALLOCATORS[allocator]
         run = runs.run(requests, cost, config, memory, POLICIES["fcfs"], until_s=until_s)
         return run, config

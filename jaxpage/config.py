@@ -106,6 +106,7 @@ class EngineConfig:
     `recompute` need `host_pages`, to which cached pages go as well, and `auto` needs `prices`.
     At most `transfer_budget` pages move a step each way, 0 for as many as a step can need; whole
     sequences know no budget, nor do cached pages of which the host has what follows.
+    With `static_batches` none is admitted while a sequence runs, as before continuous batching.
     With `zero_freed` a page's bytes are overwritten with zeros when it has become free.
     `log_steps` is how many step records the device holds before the host must read them.
     """
@@ -122,6 +123,7 @@ class EngineConfig:
     host_pages: int = 0
     transfer_budget: int = 0
     prices: Prices | None = None
+    static_batches: bool = False
     zero_freed: bool = False
     log_steps: int = 64
     record_page_map: bool = False

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -139,7 +140,15 @@ def test_a_prefix_cache_in_a_small_pool_changes_no_token():
     assert check_with_prefix_cache("lru", 4, preemption="fine", asked=BRIEF, num_rounds=2) > 0
 
 
+@pytest.fixture
+def forgets_programs():
+    """A process that keeps some thirty compiled engines cannot compile another."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("forgets_programs")
 @pytest.mark.parametrize("preemption", PREEMPTION_MODES)
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("page_size", [1, 4, 8, 16, 64])

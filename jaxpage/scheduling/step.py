@@ -108,7 +108,10 @@ def plan_step(
         num_found=jnp.asarray(0, jnp.int32),
     )
     batch = take_pages(batch, way.counts, config, allocator)
-    batch = admit(batch, ranks, ~way.is_short & none_waits, config, allocator)
+    may_admit = ~way.is_short & none_waits
+    if config.static_batches:
+        may_admit &= ~jnp.any(state.running)
+    batch = admit(batch, ranks, may_admit, config, allocator)
     batch, states = share_prompts(batch, allocator)
     batch = bring_back(batch, order, ~way.is_short, config, allocator)
     table, slots = batch.table, batch.slots

@@ -1,0 +1,159 @@
+"""What rate of requests does each system sustain? The paper's Fig 12.
+
+    python -m experiments.fig12_single_sequence --out=DIR
+
+OPT-13B, 66B and 175B on the paper's A100s, ShareGPT and Alpaca, Poisson arrivals, simulated with
+the engine's own scheduler under five rules of memory: pages, the three contiguous ones, and static
+batches of the longest sequences (`static`: what FasterTransformer does, with the largest batch that
+fits). A system sustains a rate while the mean normalized latency is at most `--limit_s`; the
+highest is found by bisection, to 3 %. Traces have an end, and the longer they are the less a rate
+can be above what is sustained for good. DIR gets `fig12.jsonl`, a row a simulation, and
+`fig12.png`. About eight minutes on two cores; --quick is OPT-13B with few requests. Expected on
+ShareGPT: paged 1.7 to 2.7 times Oracle, 2.7 to 8 times Max, and up to 22 times FasterTransformer.
+Refuted outside. What is not known: lengths (--turns, --alpaca), and the overhead of a step in an
+engine of 2023, none here unless --overhead_s.
+"""
+
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from absl import flags
+from matplotlib.figure import Figure
+
+from experiments import common, paper_setups
+from experiments.plots import LABELS, RUN_COLOURS, STYLE
+from jaxpage.sim import arrivals
+from jaxpage.sim import lengths as length_sets
+from jaxpage.sim.capacity import capacity
+from jaxpage.sim.lengths import Lengths
+
+FLAGS = flags.FLAGS
+
+SYSTEMS = ("paged", "oracle", "pow2", "max", "static")
+NUM_REQUESTS = {"sharegpt": 2048, "alpaca": 8192}
+# The paper's rate axes end there: where the search begins.
+STARTS = {
+    ("opt-13b", "sharegpt"): 2.0,
+    ("opt-66b", "sharegpt"): 1.0,
+    ("opt-175b", "sharegpt"): 2.5,
+    ("opt-13b", "alpaca"): 30.0,
+    ("opt-66b", "alpaca"): 20.0,
+    ("opt-175b", "alpaca"): 20.0,
+}
+# Its text, of ShareGPT: paged over the others.
+PAPER = {"oracle": (1.7, 2.7), "max": (2.7, 8.0), "static": (1.0, 22.0)}
+
+
+def define_flags() -> None:
+    paper_setups.define_length_flags()
+    flags.adopt_module_key_flags(paper_setups)
+    flags.DEFINE_float("limit_s", 0.2, "The most normalized latency, s/token.", lower_bound=1e-6)
+    flags.DEFINE_float("overhead_s", 0.0, "Seconds that the host adds to a step.", lower_bound=0.0)
+    flags.DEFINE_integer("num_slots", 256, "The most sequences at once.", lower_bound=1)
+    flags.DEFINE_bool("quick", False, "OPT-13B alone, a quarter of the requests.")
+    flags.DEFINE_string("out", None, "The folder to write to.", required=True)
+
+
+def main(_: list[str]) -> None:
+    out = common.make_folder(FLAGS.out)
+    panels = [panel for panel in STARTS if not FLAGS.quick or panel[0] == "opt-13b"]
+    length_sets_of = {name: paper_setups.lengths_by_flags(name) for name in NUM_REQUESTS}
+    cases = [(*panel, system) for panel in panels for system in SYSTEMS]
+    with ThreadPoolExecutor(2) as pool:
+        futures = {case: pool.submit(search, *case, length_sets_of[case[1]][0]) for case in cases}
+        found = {}
+        for case, future in futures.items():
+            found[case] = future.result()
+            print(f"{', '.join(case)}: {found[case]['rate']:.2f} requests/s", flush=True)
+    with (out / "fig12.jsonl").open("w") as file:
+        for (model, dataset, system), result in found.items():
+            for point in result["points"]:
+                row = {"model": model, "dataset": dataset, "system": system, **point}
+                file.write(json.dumps(row) + "\n")
+    draw(found, panels, out / "fig12.png")
+    common.print_last_line(
+        {
+            "rates": nested(found, panels),
+            "paged_over": ratios(found, panels),
+            "limit_s": FLAGS.limit_s,
+            "lengths": {name: source for name, (_, source) in length_sets_of.items()},
+            **common.provenance(),
+        }
+    )
+
+
+def search(model: str, dataset: str, system: str, lengths: Lengths) -> dict[str, Any]:
+    """The highest rate, and what was simulated on the way to it."""
+    num = NUM_REQUESTS[dataset] // (4 if FLAGS.quick else 1)
+    rng = np.random.default_rng(FLAGS.seed)
+    chosen = lengths.take(rng.choice(len(lengths.prompts), num))
+    # The same users at every rate, in faster or slower time.
+    times_s = arrivals.poisson(rng, num, 1.0)
+    points = []
+
+    def latency_s(rate: float) -> float:
+        run, _ = paper_setups.SETUPS[model].run(
+            "max" if system == "static" else system,
+            length_sets.requests_of(chosen, times_s / rate),
+            num_slots=FLAGS.num_slots,
+            static_batches=system == "static",
+            overhead_s=FLAGS.overhead_s,
+        )
+        latency = float(np.mean(run.timeline.normalized_latency_s))
+        batch = float(np.mean(run.steps["num_running"]))
+        points.append({"rate": rate, "normalized_latency_s": latency, "batched": batch})
+        return latency
+
+    rate = capacity(latency_s, FLAGS.limit_s, STARTS[model, dataset])
+    return {"rate": rate, "points": sorted(points, key=lambda point: point["rate"])}
+
+
+def nested(found: Mapping, panels: list[tuple[str, str]]) -> dict[str, dict[str, float]]:
+    """Rates by panel and system."""
+    return {
+        " ".join(panel): {system: found[*panel, system]["rate"] for system in SYSTEMS}
+        for panel in panels
+    }
+
+
+def ratios(found: Mapping, panels: list[tuple[str, str]]) -> dict[str, dict[str, float]]:
+    """What paged sustains over what each other does."""
+    return {
+        name: {system: rates["paged"] / rates[system] for system in SYSTEMS[1:]}
+        for name, rates in nested(found, panels).items()
+    }
+
+
+def draw(found: Mapping, panels: list[tuple[str, str]], path: Path) -> None:
+    """Normalized latency by rate, a panel a model and data set."""
+    colours, labels = RUN_COLOURS | {"static": "#7a8087"}, LABELS | {"static": "static batches"}
+    with matplotlib.rc_context(STYLE):
+        columns = min(len(panels), 3)
+        figure = Figure(
+            figsize=(5 * columns, 3.6 * -(-len(panels) // columns)), layout="constrained"
+        )
+        grid = figure.subplots(-(-len(panels) // columns), columns, squeeze=False)
+        for axes, panel in zip(grid.flat, panels, strict=True):
+            for system in SYSTEMS:
+                points = found[*panel, system]["points"]
+                rates = [point["rate"] for point in points]
+                latencies = [point["normalized_latency_s"] for point in points]
+                axes.plot(rates, latencies, "o-", ms=3, color=colours[system], label=labels[system])
+            axes.axhline(FLAGS.limit_s, color="#b9bec4", lw=0.8)
+            axes.set_ylim(0, 2 * FLAGS.limit_s)
+            axes.set_xlim(0, 1.15 * found[*panel, "paged"]["rate"])
+            axes.set_title(", ".join(panel))
+            axes.set_xlabel("requests/s")
+            axes.set_ylabel("normalized latency, s/token")
+        grid.flat[0].legend(frameon=False, fontsize=10)
+        figure.savefig(path)
+
+
+if __name__ == "__main__":
+    define_flags()
+    common.run(main)
