@@ -26,7 +26,9 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from experiments import common, paper_setups
+from experiments.paper_setups import SETUPS
 from experiments.plots import LABELS, RUN_COLOURS, STYLE
+from jaxpage.config import require
 from jaxpage.sim import arrivals
 from jaxpage.sim import lengths as length_sets
 from jaxpage.sim.capacity import capacity
@@ -52,6 +54,8 @@ PAPER = {"oracle": (1.7, 2.7), "max": (2.7, 8.0), "static": (1.0, 22.0)}
 def define_flags() -> None:
     paper_setups.define_length_flags()
     flags.adopt_module_key_flags(paper_setups)
+    flags.DEFINE_list("models", list(SETUPS), "Which models to serve.")
+    flags.DEFINE_list("datasets", list(NUM_REQUESTS), "Whose requests.")
     flags.DEFINE_float("limit_s", 0.2, "The most normalized latency, s/token.", lower_bound=1e-6)
     flags.DEFINE_float("overhead_s", 0.0, "Seconds that the host adds to a step.", lower_bound=0.0)
     flags.DEFINE_integer("num_slots", 256, "The most sequences at once.", lower_bound=1)
@@ -61,7 +65,7 @@ def define_flags() -> None:
 
 def main(_: list[str]) -> None:
     out = common.make_folder(FLAGS.out)
-    panels = [panel for panel in STARTS if not FLAGS.quick or panel[0] == "opt-13b"]
+    panels = panels_by_flags()
     length_sets_of = {name: paper_setups.lengths_by_flags(name) for name in NUM_REQUESTS}
     cases = [(*panel, system) for panel in panels for system in SYSTEMS]
     with ThreadPoolExecutor(2) as pool:
@@ -87,6 +91,18 @@ def main(_: list[str]) -> None:
     )
 
 
+def panels_by_flags() -> list[tuple[str, str]]:
+    """Models and data sets."""
+    models, datasets = ["opt-13b"] if FLAGS.quick else FLAGS.models, FLAGS.datasets
+    for flag, values, known in (("models", models, SETUPS), ("datasets", datasets, NUM_REQUESTS)):
+        wrong = [value for value in values if value not in known]
+        require(
+            len(values) > 0 and not wrong,
+            f"--{flag}={','.join(values)}: take of {', '.join(known)}",
+        )
+    return [panel for panel in STARTS if panel[0] in models and panel[1] in datasets]
+
+
 def search(model: str, dataset: str, system: str, lengths: Lengths) -> dict[str, Any]:
     """The highest rate, and what was simulated on the way to it."""
     num = NUM_REQUESTS[dataset] // (4 if FLAGS.quick else 1)
@@ -97,7 +113,7 @@ def search(model: str, dataset: str, system: str, lengths: Lengths) -> dict[str,
     points = []
 
     def latency_s(rate: float) -> float:
-        run, _ = paper_setups.SETUPS[model].run(
+        run, _ = SETUPS[model].run(
             "max" if system == "static" else system,
             length_sets.requests_of(chosen, times_s / rate),
             num_slots=FLAGS.num_slots,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from test_experiments import assert_fails_with, run_script
 
+from experiments import claim_kv_size
 from experiments.paper_setups import SETUPS
 from experiments.plots import PAPER_SHARES
 from jaxpage.config import ConfigError, EngineConfig
@@ -73,6 +74,19 @@ def test_drawn_lengths_have_their_means():
     found = lengths.drawn(np.random.default_rng(0), 40_000, 161.31, 337.99)
     # Five standard errors: deviations are as large as the means.
     assert found.means == pytest.approx((161.31, 337.99), rel=5 / 200)
+
+
+def test_the_arithmetic_of_the_article():
+    row = claim_kv_size.sizes(SHAPES["llama-3.1-70b"], users=256, tokens=4096, used_tokens=300)
+    assert (row["kv_bytes_per_token"], row["kv_bytes"]) == (327_680, 343_597_383_680)
+    assert not row["fits_on_four_a100"]
+    assert row["wasted_share"] == pytest.approx(0.927, abs=5e-4)
+    # The first number of users whose KV is more than the weights.
+    users = row["users_for_kv_over_weights"]
+    assert (users - 1) * row["kv_bytes_per_user"] <= row["weight_bytes"]
+    assert users * row["kv_bytes_per_user"] > row["weight_bytes"]
+    for model in claim_kv_size.table_1():
+        assert model["least_slots"] <= model["printed_slots"] <= model["most_slots"]
 
 
 def test_table_1_of_the_paper():
