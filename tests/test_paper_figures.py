@@ -176,6 +176,18 @@ def test_fig02_in_short(tmp_path):
     assert (tmp_path / "fig02.png").stat().st_size > 10_000
 
 
+def test_claim_throughput_in_short(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    few = ("--requests=512", "--quick", "--num_slots=64", "--kv_tokens=16384")
+    done = run_script("claim_throughput", *few, f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    over = json.loads(done.stdout.splitlines()[-1])["paged_over"]
+    assert over["static"] > over["max"] > over["pow2"] > over["oracle"] > over["paged"] == 1
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["system"] for row in rows] == ["static", "max", "pow2", "oracle", "paged"]
+    assert rows[1]["batched_requests"] == 4  # of 4,096 tokens each
+
+
 def test_fig13_in_short(tmp_path):
     done = run_script("fig13_batched_requests", "--quick", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
