@@ -42,7 +42,10 @@ SUBSET = {
 
 
 def inspect(python: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [python, "-m", "pallas_kernels.inspect", *flags]
+    return run(python, "-m", "pallas_kernels.inspect", *flags)
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 
@@ -66,6 +69,20 @@ def test_kernels_compile_without_spills_and_use_what_the_card_has(kernel):
         is_copy = kernel.startswith("page_copy")
         least_bytes = 2 * shape.num_rows * page_bytes if is_copy else shape.least_bytes()
         assert row["least_bytes"] == least_bytes
+
+
+@pytest.mark.skipif("INSPECT_PYTHON" not in os.environ, reason="`make test` installs compilers")
+def test_moves_copies_and_wipes_are_in_place_on_an_h100_and_its_host():
+    script = ROOT / "tests" / "moves_for_h100.py"
+    done = run(os.environ["INSPECT_PYTHON"], str(script))
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout.splitlines()[-1])
+    page_bytes = 2 * 2 * 2 * 16 * 64 * 2  # keys and values of both layers
+    assert "2,1009,2,16,64" not in row["copies"]
+    # Once, when the script's own pool of the host is handed out at the end.
+    assert row["copies"]["2,503,2,16,64"] == 1
+    assert row["alias_bytes"] == 1009 * page_bytes
+    assert row["temp_bytes"] < 4 * page_bytes
 
 
 @pytest.mark.parametrize("module", [kernel_sm80, kernel_sm90], ids=["sm80", "sm90"])

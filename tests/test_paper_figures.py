@@ -178,7 +178,7 @@ def test_fig02_in_short(tmp_path):
 
 def test_claim_throughput_in_short(tmp_path):
     out = tmp_path / "rows.jsonl"
-    few = ("--requests=512", "--quick", "--num_slots=64", "--kv_tokens=16384")
+    few = ("--requests=2048", "--quick", "--num_slots=64", "--kv_tokens=16384")
     done = run_script("claim_throughput", *few, f"--out={out}")
     assert done.returncode == 0, done.stderr
     over = json.loads(done.stdout.splitlines()[-1])["paged_over"]
