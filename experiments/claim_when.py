@@ -7,9 +7,9 @@ prefix cache) over those by contiguous memory that reserves the longest sequence
 many users as stated ask one request after the other. Use: many users, mixed lengths, a shared
 prefix. Skip: one user, a very small model, equal lengths. Then the crossover: users are doubled,
 and where the ratio passes 1.1 is found by bisection. DIR gets `when.jsonl`, a row a case and a row
-a number of users. Three minutes on one core; --quick is less than one, of fewer users and without the crossover, and
-then memory is never short. Expected: "use" well above 1, "skip"
-within a tenth of 1. Refuted if not.
+a number of users. Three minutes on one core; --quick is one, of fewer users, for whom memory is
+never short, and without the crossover. Expected: "use" well above 1, "skip" within a tenth of 1.
+Refuted if not.
 """
 
 import json

@@ -43,14 +43,18 @@ class Setup:
         return self.kv_bytes // self.shape.kv_bytes_per_token
 
     def config(
-        self, allocator: str, num_slots: int = 256, static_batches: bool = False
+        self,
+        allocator: str,
+        num_slots: int = 256,
+        static_batches: bool = False,
+        page_size: int = PAGE_SIZE,
     ) -> EngineConfig:
         """An engine with this memory; a step computes up to 2,560 tokens, vLLM's limit then."""
         return EngineConfig(
             num_slots=num_slots,
-            num_pages=self.kv_tokens // PAGE_SIZE,
-            page_size=PAGE_SIZE,
-            pages_per_slot=MAX_TOKENS // PAGE_SIZE,
+            num_pages=self.kv_tokens // page_size,
+            page_size=page_size,
+            pages_per_slot=MAX_TOKENS // page_size,
             num_requests=2 * num_slots,
             token_buckets=(2560,),
             headroom_pages=int(ALLOCATORS[allocator].grows),
@@ -58,13 +62,13 @@ class Setup:
             log_steps=2048,
         )
 
-    def cost(self, overhead_s: float = 0.0) -> CostModel:
+    def cost(self, overhead_s: float = 0.0, page_size: int = PAGE_SIZE) -> CostModel:
         """With the efficiencies that A100s measured."""
         return cost_model.create(
             self.shape,
             self.device,
             num_devices=self.num_devices,
-            page_size=PAGE_SIZE,
+            page_size=page_size,
             overhead_s=overhead_s,
         )
 
@@ -75,12 +79,13 @@ class Setup:
         *,
         num_slots: int = 256,
         static_batches: bool = False,
+        page_size: int = PAGE_SIZE,
         overhead_s: float = 0.0,
         until_s: float = np.inf,
     ) -> tuple[Run, EngineConfig]:
         """Simulates them, first come, first served."""
-        config = self.config(allocator, num_slots, static_batches)
-        cost = self.cost(overhead_s)
+        config = self.config(allocator, num_slots, static_batches, page_size)
+        cost = self.cost(overhead_s, page_size)
         memory = ALLOCATORS[allocator]
         run = runs.run(requests, cost, config, memory, POLICIES["fcfs"], until_s=until_s)
         return run, config

@@ -176,6 +176,17 @@ def test_fig02_in_short(tmp_path):
     assert (tmp_path / "fig02.png").stat().st_size > 10_000
 
 
+def test_fig18_in_short(tmp_path):
+    done = run_script("fig18_ablation", "--quick", f"--out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    last = json.loads(done.stdout.splitlines()[-1])
+    for dataset in ("sharegpt", "alpaca"):
+        assert last[dataset]["16"] < last[dataset]["256"]
+    assert (tmp_path / "fig18.png").stat().st_size > 10_000
+    wrong = run_script("fig18_ablation", "--page_sizes=16,48", f"--out={tmp_path}")
+    assert_fails_with(wrong, "--page_sizes=16,48", "must divide 2048")
+
+
 def test_claim_throughput_in_short(tmp_path):
     out = tmp_path / "rows.jsonl"
     few = ("--requests=2048", "--quick", "--num_slots=64", "--kv_tokens=16384")
