@@ -18,12 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 from absl import flags
 
-from experiments import common
-from jaxpage.config import EngineConfig, require
+from experiments import closed_load, common
+from jaxpage.config import require
 from jaxpage.model.presets import PRESETS
-from jaxpage.paging.allocator import ALLOCATORS, CACHED
-from jaxpage.scheduling.policies import POLICIES
-from jaxpage.sim import cost_model, runs
+from jaxpage.sim import cost_model
 from jaxpage.sim import lengths as length_sets
 from jaxpage.sim.device import DEVICES
 from jaxpage.sim.lengths import Lengths
@@ -32,7 +30,6 @@ from jaxpage.sim.trace import Arrival
 
 FLAGS = flags.FLAGS
 
-PAGE_SIZE = 16
 LLAMA_8B = SHAPES["llama-3.1-8b"]
 ENOUGH = 1.1  # a ratio from which pages pay
 MOST_USERS = 4096
@@ -92,7 +89,11 @@ def compare(case: Case, users: int) -> dict:
     num = max(FLAGS.requests // (8 if FLAGS.quick else 1), 16)
     # One user is served by one request after the other: a few say it all.
     requests = make_requests(case, min(num, 32 * users))
-    paged, contiguous = (serve(case, users, requests, is_paged) for is_paged in (True, False))
+    cost = cost_model.create(case.shape, DEVICES["a100-80gb"])
+    paged, contiguous = (
+        closed_load.serve(cost, requests, users, case.max_tokens, is_paged=is_paged).tokens_per_s
+        for is_paged in (True, False)
+    )
     return {
         "case": case.name,
         "is_use": case.is_use,
@@ -113,38 +114,7 @@ def make_requests(case: Case, num: int) -> list[Arrival]:
         equal = (np.full(num, round(mean)) for mean in (case.mean_prompt, case.mean_output))
         found = Lengths(*equal)
     found = length_sets.within(found, case.max_tokens - case.prefix_len).take(slice(num))
-    prefix = tuple(range(case.prefix_len))
-    return [
-        Arrival(0.0, case.prefix_len + prompt, output, content=prefix)
-        for prompt, output in zip(found.prompts.tolist(), found.outputs.tolist(), strict=True)
-    ]
-
-
-def serve(case: Case, users: int, requests: list[Arrival], is_paged: bool) -> float:
-    """Output tokens a second, of the steps before the first slot stays empty for want of requests.
-
-    Of all steps if there is none.
-    """
-    device = DEVICES["a100-80gb"]
-    cost = cost_model.create(case.shape, device, page_size=PAGE_SIZE)
-    # More than all users can fill is of no use, and takes time to simulate.
-    useful = users * case.max_tokens
-    config = EngineConfig(
-        num_slots=users,
-        num_pages=min(runs.kv_tokens_in(case.shape, device, 1), useful) // PAGE_SIZE,
-        page_size=PAGE_SIZE,
-        pages_per_slot=case.max_tokens // PAGE_SIZE,
-        num_requests=2 * users,
-        token_buckets=(max(2048, users),),
-        headroom_pages=int(is_paged),
-        log_steps=1024,
-    )
-    allocator = CACHED["lru"] if is_paged else ALLOCATORS["max"]
-    steps = runs.run(requests, cost, config, allocator, POLICIES["fcfs"]).steps
-    waits = steps["num_waiting"] > 0
-    if not waits.any():
-        waits[:] = True
-    return float(np.sum(steps["num_sampled"][waits]) / np.sum(steps["seconds"][waits]))
+    return closed_load.requests_of(found, case.prefix_len)
 
 
 def find_crossover(case: Case) -> tuple[int, list[dict]]:

@@ -176,6 +176,19 @@ def test_fig02_in_short(tmp_path):
     assert (tmp_path / "fig02.png").stat().st_size > 10_000
 
 
+def test_advise_says_whether_pages_pay_and_how_many_users_fit():
+    flags = ("--model=llama-3.1-8b", "--prompt_len=200", "--output_len=100", "--page_sizes=16")
+    done = run_script("advise", *flags, "--concurrency=1", "--spread=0")
+    assert done.returncode == 0, done.stderr
+    text, row = done.stdout.splitlines()[0], json.loads(done.stdout.splitlines()[-1])
+    assert text.startswith("Pages do not pay here: 1.00 times as many")
+    assert not row["pays"] and row["page_size"] == 16
+    # 0.9 x 80 GB less 16 GB of weights, at 131,072 bytes a token; 300 tokens a user.
+    assert row["users_paged"] == row["users_contiguous"] == row["kv_tokens"] // 300
+    assert row["kv_tokens"] == pytest.approx(427_000, rel=0.01)
+    assert_fails_with(run_script("advise", flags[0]), "--prompt_len and --output_len", "--workload")
+
+
 def test_fig18_in_short(tmp_path):
     done = run_script("fig18_ablation", "--quick", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr

@@ -215,10 +215,18 @@ def test_where_the_host_reads_changes_nothing():
         ([Arrival(-1.0, 4, 2)], "times must be from 0"),
         ([Arrival(0.0, 0, 2)], "request 0: prompt_len=0 must be positive"),
         ([Arrival(0.0, 4, 45)], r"4 \+ 45 tokens are more than the 48 of a slot"),
-        ([Arrival(0.0, 40, 8, num_samples=4)], "request 0 can need 48 pages of the 24"),
+        ([Arrival(0.0, 4, 40, num_samples=4)], "request 0 can need 41 pages of the 24"),
         ([Arrival(0.0, 4, 2, num_samples=5)], "5 sequences are more than the 4"),
     ],
 )
 def test_a_trace_that_cannot_be_served_is_refused(wrong, words):
     with pytest.raises(ConfigError, match=words):
         traces.create(wrong, CONFIG, PAGED)
+
+
+def test_a_run_that_is_larger_than_the_pool_is_refused():
+    config = replace(CONFIG, num_pages=15, pages_per_slot=12)
+    request = [Arrival(0.0, 30, 6)]  # 9 pages, so a run of 16
+    traces.create(request, config, PAGED)
+    with pytest.raises(ConfigError, match="needs a run of 16 pages, a power of two, of the 15"):
+        traces.create(request, config, ALLOCATORS["oracle"])

@@ -27,6 +27,8 @@ from jaxpage.sim.cost_model import CostModel, load_of, step_seconds
 from jaxpage.sim.step_log import Step, StepLog
 from jaxpage.sim.trace import Trace
 
+MOST_IDLE = 8  # steps that only make way for others
+
 GREEDY = Sampling(
     temperature=jnp.float32(0),
     top_k=jnp.int32(0),
@@ -57,7 +59,12 @@ class Simulation(struct.PyTreeNode):
     log: StepLog
     num_planned: jax.Array  # i32[], steps that were; the others were known from those before
     is_steady: jax.Array  # bool[], the next step may begin a run; see `decode_runs`
-    is_stuck: jax.Array  # bool[], nothing can be done and nothing will arrive: a scheduler's fault
+    num_idle: jax.Array  # i32[], steps without work since the last one with some
+
+    @property
+    def is_stuck(self) -> jax.Array:
+        """Whether nothing is done although requests wait, `bool[]`: a fault of the scheduler."""
+        return self.num_idle > MOST_IDLE
 
 
 def create(trace: Trace, config: EngineConfig, allocator: Allocator) -> Simulation:
@@ -77,7 +84,7 @@ def create(trace: Trace, config: EngineConfig, allocator: Allocator) -> Simulati
         log=step_log.create(config.log_steps),
         num_planned=jnp.asarray(0, jnp.int32),
         is_steady=jnp.asarray(False),
-        is_stuck=jnp.asarray(False),
+        num_idle=jnp.asarray(0, jnp.int32),
     )
 
 
@@ -134,14 +141,13 @@ def simulate_step(
     outcome = _outcome(trace, simulation.numbers, scheduler.requests, plan)
     planned = scheduler
     scheduler = commit_step(scheduler, plan, outcome, allocator, eos_ids=())
-    is_stuck = (seconds == 0) & (simulation.num_arrived == trace.count)
     simulation = simulation.replace(
         scheduler=scheduler,
         now=now,
         log=log,
         num_planned=simulation.num_planned + 1,
         is_steady=decode_runs.is_steady(planned, plan, scheduler),
-        is_stuck=is_stuck,
+        num_idle=jnp.where(seconds > 0, 0, simulation.num_idle + 1),
     )
     return _note(simulation, plan)
 

@@ -9,6 +9,7 @@ import numpy as np
 from flax import struct
 
 from jaxpage.config import EngineConfig, require
+from jaxpage.paging import contiguous
 from jaxpage.paging.allocator import Allocator
 from jaxpage.paging.page_table import num_pages_for
 from jaxpage.sim import clock
@@ -94,12 +95,15 @@ def create(
     content = np.full((len(requests), width), -1, np.int32)
     for row, request in zip(content, requests, strict=True):
         row[: len(request.content)] = request.content
+    reserved_lens = allocator.reserve(prompts, prompts + outputs, config.max_seq_len)
+    if not allocator.grows:
+        _check_reservations(np.asarray(reserved_lens)[:count], config)
     return Trace(
         count=jnp.asarray(count, jnp.int32),
         arrivals=clock.create(padded(arrival_s)),
         prompt_lens=prompts,
         output_lens=outputs,
-        reserved_lens=allocator.reserve(prompts, prompts + outputs, config.max_seq_len),
+        reserved_lens=reserved_lens,
         leaders=column(firsts),
         num_samples=column(repeats),
         content=column(content),
@@ -117,8 +121,10 @@ def _check(number: int, request: Arrival, config: EngineConfig) -> None:
         f"request {number}: {request.prompt_len} + {request.output_len} tokens are more than the "
         f"{config.max_seq_len} of a slot: raise pages_per_slot={config.pages_per_slot}",
     )
-    # The last output token is never computed, so it needs no memory.
-    needed = int(num_pages_for(total - 1, config.page_size)) * request.num_samples
+    # The last output token is never computed, and samples share the full pages of their prompt.
+    pages = num_pages_for(total - 1, config.page_size)
+    own = pages - request.prompt_len // config.page_size
+    needed = pages + (request.num_samples - 1) * own
     require(
         needed <= config.num_pages,
         f"request {number} can need {needed} pages of the {config.num_pages} that there are",
@@ -127,6 +133,17 @@ def _check(number: int, request: Arrival, config: EngineConfig) -> None:
     require(
         request.num_samples <= limit,
         f"request {number}: {request.num_samples} sequences are more than the {limit} that can run",
+    )
+
+
+def _check_reservations(reserved_lens: np.ndarray, config: EngineConfig) -> None:
+    """Contiguous memory is given out in a power of two pages."""
+    needed = contiguous.next_pow2(num_pages_for(jnp.asarray(reserved_lens), config.page_size))
+    most = int(jnp.max(needed))
+    require(
+        most <= config.num_pages,
+        f"sequence {int(jnp.argmax(needed))} needs a run of {most} pages, a power of two, of the "
+        f"{config.num_pages} that there are: raise num_pages, or take paged",
     )
 
 
