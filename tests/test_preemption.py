@@ -146,7 +146,7 @@ class Serving:
         assert broken.tolist() == [0, 0]
         assert wrong == 0
         # A cached page that pages of the host follow goes there whatever the budget is.
-        assert self.allocator in ("lru", "whole") or plan.moves_out.count <= self.config.moves_at_most
+        assert self.allocator != "paged" or plan.moves_out.count <= self.config.moves_at_most
         assert plan.moves_in.count <= self.config.moves_at_most
         shares = ("token_states", "reservation", "internal", "external", "cached", "idle")
         pool = self.config.num_pages * self.config.page_size
