@@ -48,8 +48,9 @@ def test_burstgpt(read):
 
 
 def test_mooncake(read):
-    requests = [Arrival(0.0, 513, 6, (0, 7)), Arrival(0.04, 512, 4, (0,))]
+    requests = [Arrival(0.0, 513, 6, (0, 1)), Arrival(0.04, 512, 4, (0,))]
     assert read(MOONCAKE, "mooncake") == (requests, 512, True)
+    assert read(MOONCAKE.replace("7", str(2**63)), "mooncake") == (requests, 512, True)
 
 
 def test_lengths_have_no_times(read):

@@ -12,6 +12,7 @@ Formats, plain or `.gz`:
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,11 +68,10 @@ def _lengths(path: Path) -> Recorded:
 
 def _mooncake(path: Path) -> Recorded:
     columns = ("timestamp", "input_length", "output_length")
-    recorded = _timed(path, _json_rows(path, (*columns, "hash_ids")), _milliseconds, columns)
-    requests = []
-    for request, (line, row) in zip(
-        recorded.requests, _json_rows(path, (*columns, "hash_ids")), strict=True
-    ):
+    rows = list(_json_rows(path, (*columns, "hash_ids")))
+    recorded = _timed(path, iter(rows), _milliseconds, columns)
+    requests, numbers = [], {}
+    for request, (line, row) in zip(recorded.requests, rows, strict=True):
         ids = row["hash_ids"]
         num_blocks = -(-request.prompt_len // MOONCAKE_TOKENS)
         is_chain = isinstance(ids, list) and all(type(number) is int for number in ids)
@@ -80,9 +80,9 @@ def _mooncake(path: Path) -> Recorded:
             f"{path}, line {line}: hash_ids must be {num_blocks} numbers from 0 on, one for every "
             f"{MOONCAKE_TOKENS} of {request.prompt_len} tokens",
         )
-        requests.append(
-            Arrival(request.arrival_s, request.prompt_len, request.output_len, tuple(ids))
-        )
+        # Numbered anew, in the order of the file: a hash may be larger than an array's numbers.
+        content = tuple(numbers.setdefault(number, len(numbers)) for number in ids)
+        requests.append(replace(request, content=content))
     return Recorded(requests, MOONCAKE_TOKENS, has_times=True)
 
 
