@@ -19,7 +19,7 @@ from absl import flags
 from experiments import closed_load, common
 from experiments.closed_load import Served
 from jaxpage.config import require
-from jaxpage.sim import cost_model, runs
+from jaxpage.sim import cost_model, runs, trace_files
 from jaxpage.sim import lengths as length_sets
 from jaxpage.sim.device import DEVICES, find_device
 from jaxpage.sim.lengths import Lengths
@@ -71,13 +71,17 @@ def main(_: list[str]) -> None:
 
 
 def lengths_by_flags() -> Lengths:
-    """Enough requests for every user to ask four, at most 4,096; a file's are taken in order."""
+    """Enough requests for every user to ask four, at most 4,096.
+
+    A file's are taken in order, and from the start again when they run out.
+    """
     num = min(max(4 * FLAGS.concurrency, 64), 4096)
     means = (FLAGS.prompt_len, FLAGS.output_len)
     if FLAGS.workload is not None:
         require(means == (None, None), "--workload has lengths: leave out the means")
-        found = length_sets.read_lengths(Path(FLAGS.workload), "prompt_len", "output_len")
-        return found.take(np.arange(num) % len(found.prompts))
+        found = trace_files.read(Path(FLAGS.workload), "lengths").requests
+        columns = ([each.prompt_len for each in found], [each.output_len for each in found])
+        return Lengths(*map(np.array, columns)).take(np.arange(num) % len(found))
     require(None not in means, "say --prompt_len and --output_len, or a file by --workload")
     if FLAGS.spread == 0:
         return Lengths(*(np.full(num, mean) for mean in means))

@@ -60,6 +60,9 @@ def test_lengths_by_file_leave_out_what_has_no_answer(tmp_path):
     path = tmp_path / "lengths.csv"
     path.write_text("a,b\n3,4\n5,0\n6,7\n")
     assert pairs(lengths.read_lengths(path, "a", "b", bos=1)) == [(4, 4), (7, 7)]
+    path.write_text("a,b\n5,0\n")
+    with pytest.raises(ConfigError, match="no request with an answer"):
+        lengths.read_lengths(path, "a", "b")
 
 
 def test_lengths_keep_their_proportions_and_have_the_means_asked_for():

@@ -81,13 +81,15 @@ def read_lengths(path: Path, prompt_column: str, output_column: str, bos: int = 
     """By file, CSV; requests without a token in the answer are left out.
 
     Raises:
-      ConfigError: as `read_turns`.
+      ConfigError: as `read_turns`; or nothing has an answer.
     """
     rows = [
         (integer(path, line, row, prompt_column) + bos, integer(path, line, row, output_column))
         for line, row in read_rows(path, (prompt_column, output_column))
     ]
-    prompts, outputs = np.array([row for row in rows if row[1] > 0], np.int64).T
+    answered = [row for row in rows if row[1] > 0]
+    require(len(answered) > 0, f"{path}: no request with an answer in it")
+    prompts, outputs = np.array(answered, np.int64).T
     return Lengths(prompts, outputs)
 
 
