@@ -3,10 +3,11 @@
     python -m experiments.bench_simulator
 
 OPT-13B on an A100-80GB with 66,144 KV tokens, requests of ShareGPT's lengths (drawn, or --turns).
-Alone on one core: at light load, where most steps are decode steps that need no plan, and at
-saturation, all requests at once. A sweep: `--sweep` configurations of rate and seed on two cores.
-One JSON row each: simulated requests and steps by second of wall time, after compilation. About two
-minutes. Expected: at least 1,250 a second at saturation and 10,000 in the sweep. Refuted if not.
+In one thread: at light load, where most steps are decode steps that need no plan, and at
+saturation, all requests at once. A sweep: `--sweep` configurations of rate and seed, a thread a
+core. One JSON row each: simulated requests and steps by second of wall time, after compilation.
+Half a minute. Expected: at least 1,250 a second at saturation and 10,000 in the sweep. Refuted if
+not.
 For comparison: Vidur, whose scheduler is Python's, with its latency predictor replaced by a formula
 simulates 290 to 780 requests a second at light load and 1,250 at saturation (2,000 and 10,000
 requests, on a machine of this kind).

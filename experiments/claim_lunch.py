@@ -204,7 +204,7 @@ def without_nan(row: dict[str, float]) -> dict[str, float | None]:
 
 def summary(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     """The first hour, the worst of the day, and what the day cost."""
-    morning, day = rows[0], [row for row in rows[:-1] if row["turns"] > 0]
+    morning, day = rows[0], [row for row in rows[:-1] if row["turns"] > 0] or rows[-1:]
     worst = max(day, key=lambda row: row["normalized_latency_s"])
     return {
         "worst_hour": worst["hour"],

@@ -8,7 +8,7 @@ batches of the longest sequences (`static`: what FasterTransformer does, with th
 fits). A system sustains a rate while the mean normalized latency is at most `--limit_s`; the
 highest is found by bisection, to 3 %. Traces have an end, and the longer they are the less a rate
 can be above what is sustained for good. DIR gets `fig12.jsonl`, a row a simulation, and
-`fig12.png`. About eight minutes on two cores; --quick is OPT-13B with few requests. Expected on
+`fig12.png`. About four minutes on two cores; --quick is OPT-13B with few requests. Expected on
 ShareGPT: paged 1.7 to 2.7 times Oracle, 2.7 to 8 times Max, and up to 22 times FasterTransformer.
 Refuted outside. What is not known: lengths (--turns, --alpaca), and the overhead of a step in an
 engine of 2023, none here unless --overhead_s.

@@ -7,7 +7,7 @@ and Alpaca's at 30, Poisson, for `--minutes`. Batches are means over the steps u
 arrival; under the contiguous allocators of ShareGPT, and Max of both, memory alone decides them.
 Under the others it hangs on how long a step takes, which was another engine's in 2023: beside what
 the calibrated model gives stands the overhead of a step with which it would give the printed value,
-found by bisection (`--search`). DIR gets `fig13.jsonl`, a row a case, and `fig13.png`. About four
+found by bisection (`--search`). DIR gets `fig13.jsonl`, a row a case, and `fig13.png`. About three
 minutes on one core; --quick is seconds. Expected: Max 7.00 in both, Pow2 and Oracle on ShareGPT
 within a tenth of the paper. Refuted if not.
 """

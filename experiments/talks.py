@@ -28,9 +28,9 @@ class Talks:
 
     def __init__(self, talks: Sequence[Talk], at_once: int | None = None):
         in_order = sorted(talks, key=lambda talk: talk.opens_s)
-        self._at_once = len(talks) if at_once is None else at_once
-        self._outside = in_order[self._at_once :]
-        self._inside = in_order[: self._at_once]
+        self._inside, self._outside = in_order[:at_once], []
+        if at_once is not None:
+            self._outside = in_order[at_once:]
         self._talks = {talk.id: talk for talk in talks}
         self._answers: dict[str, list[list[int]]] = {talk.id: [] for talk in talks}
         self.asked_s: dict[str, float] = {}  # by request, from when its user waits

@@ -19,7 +19,7 @@ from jaxpage.paging.allocator import ALLOCATORS, Allocator
 from jaxpage.scheduling import state as scheduler_state
 from jaxpage.scheduling.accounting import record_step
 from jaxpage.scheduling.policies import POLICIES
-from jaxpage.scheduling.state import FINISH_REASONS, Sampling, waiting_request
+from jaxpage.scheduling.state import FINISH_REASONS, greedy, waiting_request
 from jaxpage.scheduling.step import Outcome, commit_step, plan_step
 
 EOS_IDS = (7, 8)
@@ -135,13 +135,7 @@ class Serving:
                 arrival=number,
                 ignore_eos=ask.ignore_eos,
                 group=row,
-                sampling=Sampling(
-                    temperature=jnp.float32(0),
-                    top_k=jnp.int32(0),
-                    top_p=jnp.float32(1),
-                    repetition_penalty=jnp.float32(1),
-                    seed=jnp.uint32(0),
-                ),
+                sampling=greedy(),
             )
             self.state = submit(self.state, np.int32(row), request)
 

@@ -43,6 +43,17 @@ class Sampling(struct.PyTreeNode):
     seed: jax.Array  # u32[n]
 
 
+def greedy() -> Sampling:
+    """The likeliest token always, for one request; scalars."""
+    return Sampling(
+        temperature=jnp.float32(0),
+        top_k=jnp.int32(0),
+        top_p=jnp.float32(1),
+        repetition_penalty=jnp.float32(1),
+        seed=jnp.uint32(0),
+    )
+
+
 class Beams(struct.PyTreeNode):
     """Beam search, for each of `n` sequences; see `scheduling.beams`."""
 

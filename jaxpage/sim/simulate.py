@@ -18,7 +18,7 @@ from jaxpage.scheduling import state as scheduler_state
 from jaxpage.scheduling.accounting import record_step
 from jaxpage.scheduling.batch import of_slots
 from jaxpage.scheduling.policies import PolicyFn
-from jaxpage.scheduling.state import DONE, FREE, Requests, Sampling, SchedulerState, request_row
+from jaxpage.scheduling.state import DONE, FREE, Requests, SchedulerState, greedy, request_row
 from jaxpage.scheduling.step import Outcome, Plan, commit_step, plan_step
 from jaxpage.sim import clock, decode_runs, step_log
 from jaxpage.sim import trace as traces
@@ -28,14 +28,6 @@ from jaxpage.sim.step_log import Step, StepLog
 from jaxpage.sim.trace import Trace
 
 MOST_IDLE = 8  # steps that only make way for others
-
-GREEDY = Sampling(
-    temperature=jnp.float32(0),
-    top_k=jnp.int32(0),
-    top_p=jnp.float32(1),
-    repetition_penalty=jnp.float32(1),
-    seed=jnp.uint32(0),
-)
 
 
 class Served(struct.PyTreeNode):
@@ -172,7 +164,7 @@ def arrive(simulation: Simulation, trace: Trace) -> Simulation:
             reserved_len=trace.reserved_lens[number],
             arrival=leader,
             ignore_eos=True,
-            sampling=GREEDY,
+            sampling=greedy(),
             group=jnp.where(leader == number, row, of_leader),
         )
         return simulation.replace(

@@ -20,7 +20,7 @@ from jaxpage.sim.clock import Time
 class Arrival:
     """A request of a trace; `num_samples` sequences that share its prompt.
 
-    `content` says what its tokens are: `content[i]` stands for `Arrivals.tokens_each` of them, so
+    `content` says what its tokens are: `content[i]` stands for `Trace.tokens_each` of them, so
     that requests which begin with the same numbers can share pages. Without it nothing is shared.
     """
 
@@ -154,6 +154,7 @@ def tokens_of(trace: Trace, number: jax.Array, positions: jax.Array) -> jax.Arra
     """
     each = trace.tokens_each
     known = trace.content.at[number, positions // each].get(mode="fill", fill_value=-1)
-    # Below zero, so equal to no content; and another for each sequence and position.
+    # Below zero in the first quarter of a million sequences, so equal to no content; and at one
+    # position another for each sequence, as pages are compared.
     own = -2 - (number * 8191 + positions)
     return jnp.where(known < 0, own, known * each + positions % each)
