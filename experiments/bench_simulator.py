@@ -2,7 +2,7 @@
 
     python -m experiments.bench_simulator
 
-OPT-13B on an A100-80GB with 66,144 KV tokens, requests of ShareGPT's lengths (drawn, or --turns).
+OPT-13B on an A100-80GB with 66,144 KV tokens, requests of ShareGPT's lengths.
 In one thread: at light load, where most steps are decode steps that need no plan, and at
 saturation, all requests at once. A sweep: `--sweep` configurations of rate and seed, a thread a
 core. One JSON row each: simulated requests and steps by second of wall time, after compilation.

@@ -3,7 +3,7 @@
     python -m experiments.claim_throughput --out=FILE.jsonl
 
 Llama 3.1 70B on four A100-80GB, simulated with the engine's own scheduler: requests of ShareGPT's
-lengths (drawn, or --turns), all there from the start; output tokens a second while some wait, by
+lengths, all there from the start; output tokens a second while some wait, by
 pages, by the contiguous rules, of which Max reserves 4,096 tokens for everyone, and by static
 batches of such reservations. KV gets what the weights leave of nine tenths of memory, or
 --kv_tokens. FILE gets a row a rule. Half a minute on one core; --quick is seconds. Expected: paged

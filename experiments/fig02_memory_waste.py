@@ -7,7 +7,7 @@ scheduler: ShareGPT's requests, all there from the start, so that memory is full
 over the steps in which requests wait for memory. DIR gets `fig02.jsonl`, a row an allocator, and
 `fig02.png`. About a minute on one core; --quick is seconds, of fewer requests. Expected: Max within
 2 percentage points of the paper in each share, the others within 4. Refuted if not. The shares
-depend on how lengths are spread: give the recorded ones with --turns, and compare both --pairs.
+depend on how lengths are spread: compare both --pairs, --norescale, and other --turns.
 """
 
 import json

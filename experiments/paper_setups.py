@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
+from experiments import recorded_turns
 from jaxpage.config import EngineConfig, require
 from jaxpage.paging.allocator import ALLOCATORS
 from jaxpage.scheduling.policies import POLICIES
@@ -99,13 +100,8 @@ SETUPS: dict[str, Setup] = {
 
 
 def define_length_flags() -> None:
-    flags.DEFINE_string(
-        "turns",
-        None,
-        "ShareGPT's turns by length: CSV with conv_index, turn_index, role and --token_column. By "
-        "default lengths are drawn, log-normal about the paper's means, and say so.",
-    )
-    flags.DEFINE_string("token_column", "gpt2_tokens", "The column of --turns with the lengths.")
+    recorded_turns.define_flags()
+    flags.adopt_module_key_flags(recorded_turns)
     flags.DEFINE_enum(
         "pairs", "first", length_sets.PAIRING_RULES, "Which turns of --turns are requests."
     )
@@ -120,23 +116,30 @@ def define_length_flags() -> None:
 
 def lengths_by_flags(dataset: str) -> tuple[Lengths, str]:
     """Those of `sharegpt` or `alpaca` up to `MAX_TOKENS` in all, and a sentence on their source."""
-    path = FLAGS.turns if dataset == "sharegpt" else FLAGS.alpaca
+    found, source = recorded_lengths(dataset)
     means = PRINTED_MEANS[dataset]
-    if path is None:
+    if found is None:
         rng = np.random.default_rng(FLAGS.seed)
         return length_sets.within(length_sets.drawn(rng, 20_000, *means), MAX_TOKENS), (
-            f"drawn, log-normal about the means of {dataset} that the paper prints"
+            f"{source}: log-normal about the means of {dataset} that the paper prints"
         )
-    if dataset == "sharegpt":
-        turns = length_sets.read_turns(Path(path), FLAGS.token_column)
-        found = length_sets.pairs_of(turns, FLAGS.pairs)
-        source = f"{Path(path).name}, {FLAGS.token_column} and BOS, {FLAGS.pairs} pairs"
-    else:
-        found = length_sets.read_lengths(Path(path), "gpt2_instruction_input", "gpt2_output", bos=1)
-        source = f"{Path(path).name}, GPT-2 tokens and BOS"
     found = length_sets.within(found, MAX_TOKENS)
-    require(len(found.prompts) > 0, f"{path}: no request of up to {MAX_TOKENS} tokens")
+    require(len(found.prompts) > 0, f"{source}: no request of up to {MAX_TOKENS} tokens")
     if FLAGS.rescale:
         found = length_sets.within(length_sets.rescaled(found, *means), MAX_TOKENS)
         source += ", in proportion to the printed means"
     return found, source
+
+
+def recorded_lengths(dataset: str) -> tuple[Lengths | None, str]:
+    """Of all requests of `sharegpt` or `alpaca`, and their source; None where none are at hand."""
+    if dataset == "sharegpt":
+        turns, source = recorded_turns.turns_by_flags()
+        if turns is None:
+            return None, source
+        return length_sets.pairs_of(turns, FLAGS.pairs), f"{source} and BOS, {FLAGS.pairs} pairs"
+    if FLAGS.alpaca is None:
+        return None, "drawn"
+    path = Path(FLAGS.alpaca)
+    found = length_sets.read_lengths(path, "gpt2_instruction_input", "gpt2_output", bos=1)
+    return found, f"{path.name}, GPT-2 tokens and BOS"

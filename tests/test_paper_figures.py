@@ -163,10 +163,10 @@ def test_pages_are_priced_as_they_are_simulated():
 
 
 def test_fig02_in_short(tmp_path):
-    done = run_script("fig02_memory_waste", "--quick", f"--out={tmp_path}")
+    done = run_script("fig02_memory_waste", "--quick", "--turns=drawn", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
     last = json.loads(done.stdout.splitlines()[-1])
-    assert last["lengths"].startswith("drawn, log-normal")
+    assert last["lengths"].startswith("drawn: log-normal")
     for name, paper in PAPER_SHARES.items():
         shares = last[name]
         assert list(shares) == ["token_states", "reservation", "internal", "external"]
@@ -193,19 +193,19 @@ def test_advise_says_whether_pages_pay_and_how_many_users_fit():
 
 
 def test_fig18_in_short(tmp_path):
-    done = run_script("fig18_ablation", "--quick", f"--out={tmp_path}")
+    done = run_script("fig18_ablation", "--quick", "--turns=drawn", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
     last = json.loads(done.stdout.splitlines()[-1])
     for dataset in ("sharegpt", "alpaca"):
         assert last[dataset]["16"] < last[dataset]["256"]
     assert (tmp_path / "fig18.png").stat().st_size > 10_000
-    wrong = run_script("fig18_ablation", "--page_sizes=16,48", f"--out={tmp_path}")
+    wrong = run_script("fig18_ablation", "--turns=drawn", "--page_sizes=16,48", f"--out={tmp_path}")
     assert_fails_with(wrong, "--page_sizes=16,48", "must divide 2048")
 
 
 def test_claim_throughput_in_short(tmp_path):
     out = tmp_path / "rows.jsonl"
-    few = ("--requests=2048", "--quick", "--num_slots=64", "--kv_tokens=16384")
+    few = ("--requests=2048", "--quick", "--num_slots=64", "--kv_tokens=16384", "--turns=drawn")
     done = run_script("claim_throughput", *few, f"--out={out}")
     assert done.returncode == 0, done.stderr
     over = json.loads(done.stdout.splitlines()[-1])["paged_over"]
@@ -216,7 +216,7 @@ def test_claim_throughput_in_short(tmp_path):
 
 
 def test_fig13_in_short(tmp_path):
-    done = run_script("fig13_batched_requests", "--quick", f"--out={tmp_path}")
+    done = run_script("fig13_batched_requests", "--quick", "--turns=drawn", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
     last = json.loads(done.stdout.splitlines()[-1])
     assert list(last["sharegpt"]) == list(last["alpaca"]) == ["max", "pow2", "oracle", "paged"]

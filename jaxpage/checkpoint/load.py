@@ -98,6 +98,12 @@ def packaged_weights(preset: str) -> Path:
     )
 
 
+def packaged_tokenizer(preset: str) -> Tokenizer:
+    """The tokenizer of such a preset alone, without reading its weights."""
+    file = GgufFile(packaged_weights(preset))
+    return read_gguf_tokenizer(file, read_gguf_config(file).eos_ids)
+
+
 def _prepare(model: str, dtype: np.dtype) -> Path:
     """The folder in our own format that holds `model`, converted if need be."""
     if model in _PACKAGED:

@@ -42,6 +42,11 @@ class Tokenizer:
         """Token ids; special tokens spelled out in the text are parsed, none are added."""
         return self._core.encode(text, add_special_tokens=False).ids
 
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens `encode` makes of each, on all cores."""
+        encodings = self._core.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [len(encoding.ids) for encoding in encodings]
+
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
         return self._core.decode(list(ids), skip_special_tokens=skip_special)
