@@ -276,10 +276,7 @@ def test_simulate_serves_conversations_and_prompts_that_begin_alike(tmp_path, tr
     assert done.returncode == 0, done.stderr
     # 47 of the 48 tokens of the first turn were computed: two full pages.
     assert json.loads(done.stdout.splitlines()[-1])["hit_tokens"] == 32
-    assert_fails_with(run_script("simulate", *base), "say how fast they open by --rate")
     base = (*few, f"--trace={trace}", "--trace_format=azure")
     done = run_script("simulate", *base, "--prefix_tree=1x64,1x16")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["hit_tokens"] == 29 * 80
-    wrong = run_script("simulate", *base, "--prefix_tree=4:512")
-    assert_fails_with(wrong, "--prefix_tree=4:512", "expected CHILDRENxTOKENS")
