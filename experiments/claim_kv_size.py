@@ -9,10 +9,12 @@ Printed values are rounded (336 GB is 256 times 1.3125), and stand beside the ex
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
 from experiments import common
+from experiments.comparisons import Comparison
 from experiments.paper_setups import SETUPS
 from jaxpage.sim.device import DEVICES
 from jaxpage.sim.shapes import SHAPES, ModelShape
@@ -98,6 +100,25 @@ def table_sentence(row: dict) -> str:
         f"{row['printed_slots']:,}; memory as printed is {row['least_slots']:,} to "
         f"{row['most_slots']:,})"
     )
+
+
+def comparison(last: dict[str, Any]) -> list[Comparison]:
+    """The article's sizes, where no flag asked for others, and Table 1."""
+    rows = []
+    if not last["flags"]:
+        user_gb, all_gb = last["kv_bytes_per_user"] / 1e9, last["kv_bytes"] / 1e9
+        rows = [
+            Comparison("KV of a user of 4,096 tokens", 1.3, user_gb, "GB"),
+            Comparison("KV of 256 users", 336.0, all_gb, "GB"),
+            Comparison("reserved 4,096, used 300: wasted", 93.0, 100 * last["wasted_share"], "%"),
+        ]
+    for row in last["table_1"]:
+        name = row["model"]
+        rows += [
+            Comparison(f"{name}: parameters", row["printed_weights_gb"], row["weights_gb"], "GB"),
+            Comparison(f"{name}: slots for KV", row["printed_slots"], row["slots"], "tokens"),
+        ]
+    return rows
 
 
 if __name__ == "__main__":

@@ -13,12 +13,15 @@ Refuted if not.
 """
 
 import json
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from absl import flags
 
 from experiments import closed_load, common
+from experiments.comparisons import Comparison
 from jaxpage.config import require
 from jaxpage.model.presets import PRESETS
 from jaxpage.sim import cost_model
@@ -141,6 +144,19 @@ def sentence(case: Case, row: dict) -> str:
         f"{'use' if case.is_use else 'skip':>4}, {case.name}: {row['ratio']:.2f} times as many "
         f"tokens ({row['paged_tokens_per_s']:,.0f} and {row['contiguous_tokens_per_s']:,.0f} /s)"
     )
+
+
+def comparison(last: dict[str, Any]) -> list[Comparison]:
+    """The article says when, and no number: here "use" is from `ENOUGH` on, "skip" about 1."""
+    found = []
+    for case in CASES:
+        said = "use" if case.is_use else "skip"
+        expected = (ENOUGH, math.inf) if case.is_use else (2 - ENOUGH, ENOUGH)
+        what = f"{said}: {case.name}, tokens/s by pages over contiguous"
+        found.append(Comparison(what, expected, last["ratios"][case.name], "x"))
+    if last["crossover_users"] is not None:
+        found.append(Comparison("users from whom on pages pay", None, last["crossover_users"]))
+    return found
 
 
 if __name__ == "__main__":

@@ -11,12 +11,14 @@ depend on how lengths are spread: compare both --pairs, --norescale, and other -
 """
 
 import json
+from typing import Any
 
 import numpy as np
 from absl import flags
 
 from experiments import common, paper_setups
-from experiments.plots import LABELS, PAPER_SHARES, waste_bars
+from experiments.comparisons import Comparison
+from experiments.plots import CATEGORY_LABELS, LABELS, PAPER_SHARES, waste_bars
 from jaxpage.sim import lengths as length_sets
 from jaxpage.sim.metrics import WASTE_CATEGORIES, steps_of_note, waste_shares
 
@@ -67,6 +69,21 @@ def sentence(row: dict) -> str:
         f"{row['allocator']:>6}: {parts} % tokens, reserved, internal, external (paper); "
         f"{row['batched_requests']:.2f} requests batched"
     )
+
+
+def comparison(last: dict[str, Any]) -> list[Comparison]:
+    """All shares that the figure prints; of vLLM it prints one, of Oracle none in `internal`."""
+    return [
+        Comparison(
+            f"{LABELS[allocator]}: {' '.join(CATEGORY_LABELS[name].split())}",
+            paper,
+            last[allocator][name],
+            "%",
+        )
+        for allocator, shares in PAPER_SHARES.items()
+        for name, paper in zip(WASTE_CATEGORIES, shares, strict=True)
+        if paper > 0 and (allocator, name) != ("paged", "external")
+    ]
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from experiments import common, paper_setups
+from experiments.comparisons import Comparison
 from experiments.paper_setups import SETUPS
 from experiments.plots import LABELS, RUN_COLOURS, STYLE
 from jaxpage.config import require
@@ -47,6 +48,7 @@ STARTS = {
     ("opt-66b", "alpaca"): 20.0,
     ("opt-175b", "alpaca"): 20.0,
 }
+OTHERS = LABELS | {"static": "static batches"}
 # Its text, of ShareGPT: paged over the others.
 PAPER = {"oracle": (1.7, 2.7), "max": (2.7, 8.0), "static": (1.0, 22.0)}
 
@@ -145,9 +147,23 @@ def ratios(found: Mapping, panels: list[tuple[str, str]]) -> dict[str, dict[str,
     }
 
 
+def comparison(last: dict[str, Any]) -> list[Comparison]:
+    """What paged sustains over the others; the text gives ranges for ShareGPT alone."""
+    return [
+        Comparison(
+            f"{panel}: paged over {OTHERS[system]}",
+            PAPER.get(system) if panel.endswith("sharegpt") else None,
+            ratio,
+            "x",
+        )
+        for panel, ratios in last["paged_over"].items()
+        for system, ratio in ratios.items()
+    ]
+
+
 def draw(found: Mapping, panels: list[tuple[str, str]], path: Path) -> None:
     """Normalized latency by rate, a panel a model and data set."""
-    colours, labels = RUN_COLOURS | {"static": "#7a8087"}, LABELS | {"static": "static batches"}
+    colours = RUN_COLOURS | {"static": "#7a8087"}
     with matplotlib.rc_context(STYLE):
         columns = min(len(panels), 3)
         figure = Figure(
@@ -159,7 +175,7 @@ def draw(found: Mapping, panels: list[tuple[str, str]], path: Path) -> None:
                 points = found[*panel, system]["points"]
                 rates = [point["rate"] for point in points]
                 latencies = [point["normalized_latency_s"] for point in points]
-                axes.plot(rates, latencies, "o-", ms=3, color=colours[system], label=labels[system])
+                axes.plot(rates, latencies, "o-", ms=3, color=colours[system], label=OTHERS[system])
             axes.axhline(FLAGS.limit_s, color="#b9bec4", lw=0.8)
             axes.set_ylim(0, 2 * FLAGS.limit_s)
             axes.set_xlim(0, 1.15 * found[*panel, "paged"]["rate"])

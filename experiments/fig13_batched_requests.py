@@ -15,7 +15,7 @@ within a tenth of the paper. Refuted if not.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -23,6 +23,7 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from experiments import common, paper_setups
+from experiments.comparisons import Comparison
 from experiments.plots import INK, LABELS, RUN_COLOURS, STYLE
 from jaxpage.sim import arrivals
 from jaxpage.sim import lengths as length_sets
@@ -141,6 +142,15 @@ def sentence(row: dict) -> str:
         f"{row['dataset']:>8}, {row['allocator']:>6}: {row['batched_requests']:.2f} batched "
         f"(paper {row['paper']:.2f}), {1e3 * row['mean_step_s']:.1f} ms a step{more}"
     )
+
+
+def comparison(last: dict[str, Any]) -> list[Comparison]:
+    """The batches that the figure prints."""
+    return [
+        Comparison(f"{dataset}, {LABELS[name]}: requests batched", paper, last[dataset][name])
+        for dataset, batches in PAPER.items()
+        for name, paper in batches.items()
+    ]
 
 
 def draw(batches: dict[str, dict[str, float]], path: Path) -> None:

@@ -114,9 +114,12 @@ def define_length_flags() -> None:
     flags.DEFINE_integer("seed", 0, "The seed of what is drawn.")
 
 
-def lengths_by_flags(dataset: str) -> tuple[Lengths, str]:
-    """Those of `sharegpt` or `alpaca` up to `MAX_TOKENS` in all, and a sentence on their source."""
-    found, source = recorded_lengths(dataset)
+def lengths_by_flags(dataset: str, pairs: str | None = None) -> tuple[Lengths, str]:
+    """Those of `sharegpt` or `alpaca` up to `MAX_TOKENS` in all, and a sentence on their source.
+
+    ShareGPT's turns are paired by the rule `pairs`, by default that of the flag.
+    """
+    found, source = recorded_lengths(dataset, pairs)
     means = PRINTED_MEANS[dataset]
     if found is None:
         rng = np.random.default_rng(FLAGS.seed)
@@ -131,13 +134,14 @@ def lengths_by_flags(dataset: str) -> tuple[Lengths, str]:
     return found, source
 
 
-def recorded_lengths(dataset: str) -> tuple[Lengths | None, str]:
+def recorded_lengths(dataset: str, pairs: str | None = None) -> tuple[Lengths | None, str]:
     """Of all requests of `sharegpt` or `alpaca`, and their source; None where none are at hand."""
     if dataset == "sharegpt":
         turns, source = recorded_turns.turns_by_flags()
         if turns is None:
             return None, source
-        return length_sets.pairs_of(turns, FLAGS.pairs), f"{source} and BOS, {FLAGS.pairs} pairs"
+        rule = pairs or FLAGS.pairs
+        return length_sets.pairs_of(turns, rule), f"{source} and BOS, {rule} pairs"
     if FLAGS.alpaca is None:
         return None, "drawn"
     path = Path(FLAGS.alpaca)

@@ -120,11 +120,10 @@ class Run:
 
     @cached_property
     def owners(self) -> tuple[np.ndarray, list[str]]:
-        """By step and page a number, i16[steps, P], and the requests that it names.
+        """Who owns each page, `i16[steps, P]`: a number of the requests, whose ids come with it.
 
-        After them come "free", "cached" and "shared", in this order.
+        The three numbers after theirs are a page that is free, that is cached, and that is shared.
         """
-        """Which request owns each page, `i16[steps, P]`, and the ids that its numbers index."""
         with np.load(self.folder / "owners.npz") as arrays:
             names = [str(name) for name in arrays["request_ids"]]
             owners, nobody = arrays["owners"], int(arrays["nobody"])
@@ -169,9 +168,9 @@ def waste_bars(shares: Mapping[str, np.ndarray], path: Path) -> None:
         figure = Figure(figsize=(11, 6.2), layout="constrained")
         axes = figure.add_subplot()
         for x, (name, ours) in enumerate(shares.items()):
-            _stack(axes, x - 0.19, ours, alpha=1.0)
+            stack_bar(axes, x - 0.19, ours, alpha=1.0)
             if name in PAPER_SHARES:
-                _stack(axes, x + 0.19, np.array(PAPER_SHARES[name]), alpha=0.4)
+                stack_bar(axes, x + 0.19, np.array(PAPER_SHARES[name]), alpha=0.4)
             for offset, whose in ((-0.19, "here"), (0.19, "paper")):
                 axes.text(x + offset, -2, whose, ha="center", va="top", color=FAINT, fontsize=10)
         labels = [LABELS.get(name, name) for name in shares]
@@ -322,11 +321,12 @@ def _draw_map(axes: Axes, run: Run, last_s: float) -> None:
     )
 
 
-def _stack(axes: Axes, x: float, shares: np.ndarray, alpha: float) -> None:
+def stack_bar(axes: Axes, x: float, shares: np.ndarray, alpha: float, width: float = 0.36) -> None:
+    """One bar of percents by waste category, `f64[4]`; `alpha` is how strong its colours are."""
     bottoms = np.concatenate([[0.0], np.cumsum(shares)])
     for name, share, bottom in zip(WASTE_CATEGORIES, shares, bottoms, strict=False):
         colour = _tint(CATEGORY_COLOURS[name], alpha)
-        axes.bar(x, share, 0.36, bottom=bottom, color=colour, edgecolor="white", linewidth=1.0)
+        axes.bar(x, share, width, bottom=bottom, color=colour, edgecolor="white", linewidth=1.0)
         if share >= 4:
             is_dark = alpha == 1.0 and name in ("token_states", "internal")
             axes.text(
