@@ -16,7 +16,6 @@ engine of 2023, none here unless --overhead_s.
 
 import json
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +66,7 @@ def main(_: list[str]) -> None:
     panels = panels_by_flags()
     length_sets_of = {name: paper_setups.lengths_by_flags(name) for name in NUM_REQUESTS}
     cases = [(*panel, system) for panel in panels for system in SYSTEMS]
-    with ThreadPoolExecutor(2) as pool:
-        futures = {case: pool.submit(search, *case, length_sets_of[case[1]][0]) for case in cases}
-        found = {}
-        for case, future in futures.items():
-            found[case] = future.result()
-            print(f"{', '.join(case)}: {found[case]['rate']:.2f} requests/s", flush=True)
+    found = rate_search.search_all(cases, lambda case: search(*case, length_sets_of[case[1]][0]))
     with (out / "fig12.jsonl").open("w") as file:
         for (model, dataset, system), result in found.items():
             for point in result["points"]:

