@@ -10,8 +10,12 @@ INSPECT_STAMP := $(INSPECT)/.installed
 PIP := $(BIN)/python -m pip install --quiet --no-compile
 # Most of the tests' time is compilation, which has one thread.
 WORKERS := -n 2 --dist worksteal
+# Of make figures: files of lengths, by default what is installed or drawn; and other flags.
+TURNS ?=
+ALPACA ?=
+ARGS ?=
 
-.PHONY: help setup demo test test-slow inspect check lint clean
+.PHONY: help setup demo figures test test-slow inspect check lint clean
 
 help: ## Show these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +31,9 @@ $(STAMP): pyproject.toml Makefile
 
 demo: setup ## Serve 64 real prompts under four allocators; tables and pictures in results/demo
 	$(BIN)/python -m experiments.demo --out=results/demo
+
+figures: setup ## Run every simulated figure and claim; report/index.html (90 minutes; ARGS=--quick: 20)
+	$(BIN)/python -m experiments.figures --turns='$(TURNS)' --alpaca='$(ALPACA)' $(ARGS)
 
 $(INSPECT_STAMP): pyproject.toml Makefile
 	$(PYTHON) -m venv $(INSPECT)

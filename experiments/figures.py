@@ -15,7 +15,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from experiments.figure_list import EXPERIMENTS, Experiment
 from jaxpage.config import require
 
 FLAGS = flags.FLAGS
+
+CallFn = Callable[[list[str]], subprocess.CompletedProcess[str]]
 
 ROOT = Path(__file__).parent.parent
 INPUTS = {
@@ -69,8 +71,18 @@ def chosen(experiments: Sequence[Experiment], only: Sequence[str]) -> list[Exper
     return [each for each in experiments if (each.name in only if only else each.is_simulated)]
 
 
+def call(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs a command in this very Python."""
+    words = [sys.executable, *command[1:]]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
 def run_all(
-    experiments: Sequence[Experiment], results: Path, given: dict[str, Any], force: bool
+    experiments: Sequence[Experiment],
+    results: Path,
+    given: dict[str, Any],
+    force: bool = False,
+    call: CallFn = call,
 ) -> list[str]:
     """Runs what has no such results yet, with a line for each; returns who failed."""
     code = code_version()
@@ -83,7 +95,7 @@ def run_all(
             print(f"{where}: has been run", flush=True)
             continue
         print(f"{where}: about {experiment.minutes:g} min ... ", end="", flush=True)
-        run = run_one(experiment, folder, command, code)
+        run = run_one(experiment, folder, command, code, call)
         print(run["status"] if run["error"] is None else f"failed: {run['error']}", end="")
         print(f" after {run['wall_s']:.0f} s", flush=True)
         if run["error"] is not None:
@@ -126,15 +138,13 @@ def is_done(folder: Path, name: str, command: list[str], code: str | None) -> bo
 
 
 def run_one(
-    experiment: Experiment, folder: Path, command: list[str], code: str | None
+    experiment: Experiment, folder: Path, command: list[str], code: str | None, call: CallFn
 ) -> dict[str, Any]:
     """Runs a script and keeps its last line and how it ended, which is returned."""
     for name in ("run.json", f"{experiment.name}.json"):
         (folder / name).unlink(missing_ok=True)  # so that no old run is ever shown as this one
     start_s = time.perf_counter()
-    # The results' folder is named from where the user is, and so is the module from the root.
-    words = [sys.executable, *command[1:]]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = call(command)
     (folder / "log.txt").write_text(done.stdout + done.stderr)
     line, error = last_line_of(done)
     if error is None:

@@ -73,7 +73,7 @@ def paper_text(row: Comparison) -> str:
 
 def difference_text(row: Comparison) -> str:
     """In percent of theirs, with a sign."""
-    if row.difference is None:
+    if row.difference is None or not math.isfinite(row.difference):
         return DASH
     percent = 100 * row.difference
     if row.difference == 0:
@@ -135,10 +135,10 @@ def counts(outcomes: Sequence[Outcome]) -> str:
     near = [row for row in printed if row.difference is not None and abs(row.difference) <= 0.1]
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     shown = [outcome for outcome in outcomes if outcome.last is not None]
+    held = sum(row.difference == 0 for row in ranges)
     text = (
-        f"{len(shown)} experiments, {len(rows)} comparisons. Of {len(printed)} printed numbers "
-        f"{len(near)} are met within a tenth; of {len(ranges)} ranges "
-        f"{sum(row.difference == 0 for row in ranges)} hold."
+        f"{len(shown)} experiments, {len(rows)} comparisons. Met within a tenth: {len(near)} of "
+        f"{len(printed)} printed numbers. Within the range that is given: {held} of {len(ranges)}."
     )
     if failed:
         names = ", ".join(outcome.experiment.where for outcome in failed)

@@ -181,18 +181,19 @@
     context.restore();
   }
 
-  // The request's number, and of a shared page how many hold it, on a plate that any colour allows.
+  // The request's number, and of a shared page how many hold it, with a rim that any colour allows.
   function label(context, entry, x, y, side) {
     const numbers = new Set(entry.owners.map(({ sequence }) => requestOf(state.run, sequence).number));
     const count = entry.owners.length > 1 ? "\u00d7" + entry.owners.length : "";
-    const text = numbers.size > 1 ? count : [...numbers][0] + (side > 32 ? count : "");
-    context.font = `600 ${side > 32 ? 12 : 10}px system-ui, sans-serif`;
+    const text = numbers.size > 1 ? count : [...numbers][0] + (side > 36 ? count : "");
+    context.font = `600 ${side > 36 ? 12 : 10.5}px system-ui, sans-serif`;
     context.textAlign = "center";
     context.textBaseline = "middle";
-    const width = context.measureText(text).width + 6, height = side > 32 ? 17 : 14;
-    context.fillStyle = style("--card");
-    context.fillRect(x + (side - width) / 2, y + (side - height) / 2, width, height);
+    context.lineJoin = "round";
+    context.lineWidth = 3.5;
+    context.strokeStyle = style("--card");
     context.fillStyle = style("--ink");
+    context.strokeText(text, x + side / 2, y + side / 2 + 0.5);
     context.fillText(text, x + side / 2, y + side / 2 + 0.5);
   }
 
@@ -261,7 +262,7 @@
     find("now").textContent = `${step + 1} of ${run.frames.length}, ${at.end_s.toFixed(2)} s`;
     slider.setAttribute("aria-valuetext", `step ${step + 1} of ${run.frames.length}`);
     const parts = [`${plural(counts.held + counts.several, "page")} held, ${counts.several} of them shared, ${counts.cached} cached, ${counts.free} free.`];
-    if (run.isTable) parts.unshift(`${plural(frame.rows.length, "sequence")} run, ${at.waiting ?? 0} wait.`);
+    if (run.isTable) parts.unshift(`${plural(frame.rows.length, "sequence")} running, ${at.waiting ?? 0} waiting.`);
     const done = [];
     if (at.preempted) done.push(`${plural(at.preempted, "sequence")} made way`);
     if (at.copied) done.push(`${plural(at.copied, "page")} copied before a write`);
@@ -299,7 +300,7 @@
     clearInterval(state.timer);
     state.timer = null;
     if (isOn) {
-      if (state.step === state.run.frames.length - 1) state.step = 0;
+      if (state.step === state.run.frames.length - 1) go(0);
       state.timer = setInterval(() => {
         if (state.step === state.run.frames.length - 1) play(false);
         else go(state.step + 1);
@@ -325,13 +326,15 @@
   }
 
   function select(index) {
+    const end_s = state.run?.steps[state.step].end_s;
     play(false);
     state.run = load(recordings[index]);
     state.page = null;
     slider.max = state.run.frames.length - 1;
-    // Not the first step, in which little is held: the fullest.
+    // The same moment under another rule; at first, and where that run is over, when most is held.
+    const later = state.run.steps.findIndex((step) => step.end_s >= end_s);
     const held = state.run.counts.map((counts) => counts.several * 1e3 + counts.held);
-    go(held.indexOf(Math.max(...held)));
+    go(later >= 0 ? later : held.indexOf(Math.max(...held)));
   }
 
   canvas.addEventListener("pointermove", (event) => choose(pageUnder(event)));

@@ -1,0 +1,394 @@
+"""The report: what it says of results, the runner that makes them, and the page in a browser."""
+
+import json
+import re
+import struct
+import subprocess
+import zlib
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import browser
+import numpy as np
+import pytest
+from test_plots import write_run
+
+from experiments import figures, outcomes, plots, recorded_pages, report, report_html
+from experiments.comparisons import Comparison
+from experiments.figure_list import EXPERIMENTS, Experiment
+from jaxpage.config import ConfigError
+
+ROOT = Path(__file__).parent.parent
+FIG02, MAP, THROUGHPUT, FIG13 = (
+    next(each for each in EXPERIMENTS if each.name == name)
+    for name in (
+        "fig02_memory_waste",
+        "recorded_pages",
+        "claim_throughput",
+        "fig13_batched_requests",
+    )
+)
+LAST = {"commit": "abc1234", "jax": "0.12", "device": "cpu", "flags": {"requests": 7}}
+SHARES = {"token_states": 21.0, "reservation": 13.3, "internal": 57.3, "external": 8.9}
+FIG02_LAST = LAST | {name: SHARES for name in plots.LABELS} | {"lengths": "turns.csv & more"}
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """A run by pages, and of each step what the page table itself says."""
+    tables = []
+
+    def on_step(simulation):
+        table = simulation.scheduler.table
+        # Rows without a request are empty, so that it does not matter whose number they get.
+        slots = np.minimum(np.asarray(simulation.scheduler.slots), simulation.numbers.shape[0] - 1)
+        numbers, entries = np.asarray(simulation.numbers)[slots], np.asarray(table.page_indices)
+        tables.append(
+            {
+                "owners": [
+                    sorted(numbers[(entries == page).any(axis=1)].tolist())
+                    for page in range(recorded_pages.NUM_PAGES)
+                ],
+                "ref_counts": np.asarray(table.table.ref_counts).tolist(),
+                "cached": np.flatnonzero(np.asarray(table.is_cached)).tolist(),
+                "num_free": int(table.num_free),
+            }
+        )
+
+    asked = recorded_pages.requests()
+    return recorded_pages.record("paged", asked, on_step), tables
+
+
+def test_recorded_owners_are_those_of_the_page_table(recorded):
+    recording, tables = recorded
+    frames = list(recorded_pages.frames_of(json.loads(json.dumps(recording))))
+    assert len(frames) == len(tables) > 100
+    for frame, table in zip(frames, tables, strict=True):
+        owners = recorded_pages.owners_of(frame)
+        assert owners == table["owners"]
+        assert [len(sequences) for sequences in owners] == table["ref_counts"]
+        assert sorted(frame.cached) == table["cached"]
+        free = [not s and p not in frame.cached for p, s in enumerate(owners)]
+        assert sum(free) == table["num_free"]
+
+
+def test_the_recorded_run_shows_what_pages_can_do_and_stays_small(recorded):
+    recording, _ = recorded
+    frames = list(recorded_pages.frames_of(recording))
+    assert all(any(step.get(what, 0) for step in recording["steps"]) for what in
+               ("waiting", "preempted", "copied", "found"))  # fmt: skip
+    leaders = [row[0] for row in recording["sequences"]]
+    holders = [{leaders[s] for s in o} for f in frames for o in recorded_pages.owners_of(f)]
+    assert max(map(len, holders)) > 2  # requests that share the system prompt
+    assert len(json.dumps(recording, separators=(",", ":"))) < 60_000
+
+
+def png() -> bytes:
+    """White, of one pixel."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        size, check = struct.pack("!I", len(data)), struct.pack("!I", zlib.crc32(kind + data))
+        return size + kind + data + check
+
+    header = chunk(b"IHDR", struct.pack("!IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + chunk(b"IDAT", zlib.compress(b"\0\xff"))
+        + chunk(b"IEND", b"")
+    )
+
+
+def write_result(results: Path, name: str, last: dict | None, **run: str | None) -> Path:
+    folder = results / name
+    folder.mkdir(parents=True)
+    command = ["python", "-m", f"experiments.{name}"]
+    told = {"status": "ok", "error": None, "command": command, "code": "abc1234", "wall_s": 61.0}
+    (folder / "run.json").write_text(json.dumps(told | run))
+    if last is not None:
+        (folder / f"{name}.json").write_text(json.dumps(last))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory, recorded) -> Path:
+    """Of one figure that is there, one that failed, one that was not run, and the map."""
+    folder = tmp_path_factory.mktemp("report")
+    results = folder / "figures"
+    (write_result(results, FIG02.name, FIG02_LAST) / "fig02.png").write_bytes(png())
+    failed = write_result(results, THROUGHPUT.name, None, error="error: --kv_tokens=<4> is short")
+    (failed / "log.txt").write_text("Traceback\nConfigError: --kv_tokens=<4> is short\n")
+    maps = write_result(results, MAP.name, LAST | {"finish_s": {}})
+    (maps / recorded_pages.FILE).write_text(json.dumps([recorded[0]]))
+    write_run(folder / "demo" / "max", "max", [[0, 0, 1, 3], [0, 0, 1, 1]], [(3, 3), (4, 2)])
+    experiments = (MAP, FIG02, THROUGHPUT, FIG13)
+    return report.write(experiments, results, folder / "page" / "index.html", folder / "demo")
+
+
+class Resources(HTMLParser):
+    """What a page would load, and its tags."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.loads: list[str | None] = []
+        self.images: list[dict[str, str | None]] = []
+        self.ids: list[str | None] = []
+        self.links: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.loads += [
+            value for name, value in attrs if name in ("src", "srcset", "data", "poster")
+        ]
+        if tag in ("link", "iframe", "object", "embed"):
+            self.loads.append(tag)
+        if tag == "img":
+            self.images.append(attributes)
+        if tag == "a":
+            self.links.append(str(attributes["href"]))
+        self.ids += [value for name, value in attrs if name == "id"]
+
+
+def test_the_page_holds_all_that_it_shows(page):
+    text = page.read_text()
+    found = Resources(text)
+    assert "http://" not in text and "https://" not in text and "@import" not in text
+    assert not re.search(r"url\((?!data:)", text)
+    assert all(str(source).startswith("data:image/png;base64,") for source in found.loads)
+    assert [image["alt"] for image in found.images] == [FIG02.alt]
+    assert len(found.ids) == len(set(found.ids))
+    assert {link[1:] for link in found.links} <= set(found.ids)
+    assert "<!--" not in text
+
+
+def test_the_page_says_numbers_differences_and_where_they_come_from(page):
+    text = page.read_text().replace("\u00a0", " ")
+    # 21.0 for 20.4, and 21.0 for 96.3.
+    row = "Max: holds tokens</td><td>20.4 %</td><td>21 %</td><td>+2.9 %</td>"
+    assert text.count(row) == 2  # in the summary, and with the figure
+    assert "paged: holds tokens</td><td>96.3 %</td><td>21 %</td><td>\u221278.2 %</td>" in text
+    for said in (
+        "--requests=7",
+        "abc1234",
+        "turns.csv &amp; more",
+        "61 s",
+        "python -m experiments.",
+    ):
+        assert said in text
+    assert "Met within a tenth: " in text
+
+
+def test_failures_and_what_was_not_run_are_said(page):
+    text = page.read_text()
+    assert "1 failed: Article." in text
+    assert text.count("--kv_tokens=&lt;4&gt; is short") == 3  # summary, section, its last lines
+    assert f"--only={FIG13.name}" in text and "not run" in text
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (Comparison("", (1.7, 2.7), 2.0, "x"), ("1.70 to 2.70 X", "2.00 X", "0 %", "within")),
+        (Comparison("a", (1.7, 2.7), 1.36), ("1.70 to 2.70", "1.36", "\u221220.0 %", "outside")),
+        (Comparison("a", (1.1, np.inf), 3.0), ("from 1.10", "3.00", "0 %", "within")),
+        (Comparison("a", (0.0, 5.6), 2.6, "%"), ("up to 5.60 %", "2.60 %", "0 %", "within")),
+        (Comparison("a", 337.99, 289.9), ("337.99", "289.9", "\u221214.2 %", "\u2013")),
+        (Comparison("", 15700, 15728, "GB"), ("15,700 GB", "15,728 GB", "+0.2 %", "\u2013")),
+        (Comparison("a", None, 0.01234), ("\u2013", "0.0123", "\u2013", "\u2013")),
+        (Comparison("a", 2.0, float("nan")), ("2", "\u2013", "\u2013", "\u2013")),
+    ],
+)  # fmt: skip
+def test_numbers_are_written_as_a_reader_wants_them(row, words):
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", report_html.cells(row))
+    plain = [re.sub(r"<[^>]*>", "", cell).replace("\u00a0", " ") for cell in cells]
+    plain = [cell.replace("\u00d7", "X") for cell in plain]
+    assert (*plain[1:4], plain[4].split()[-1]) == words
+
+
+def test_results_that_a_script_no_longer_writes_are_an_error_in_the_page(tmp_path):
+    folder = write_result(tmp_path, FIG02.name, {"max": {}})
+    outcome = outcomes.read_outcome(FIG02, folder)
+    assert outcome.status == "failed" and "another form: KeyError" in str(outcome.error)
+    (folder / f"{FIG02.name}.json").write_text("{")
+    assert "no JSON" in str(outcomes.read_outcome(FIG02, folder).error)
+
+
+def test_a_run_of_the_demo_is_told_by_its_changes():
+    before, after = np.array([5, 5, 5, 5, 5, 5]), np.array([1, 1, 5, 2, 3, 5])
+    assert report.runs_of_changes(before, after) == [[0, 2, 1], [3, 1, 2], [4, 1, 3]]
+    assert report.runs_of_changes(after, after) == []
+
+
+def test_every_experiment_is_a_script_with_comparisons_or_a_recording():
+    names = [each.name for each in EXPERIMENTS]
+    assert len(set(names)) == len(names)
+    for each in EXPERIMENTS:
+        path = ROOT / "experiments" / f"{each.name}.py"
+        if not path.is_file():
+            pytest.skip(f"{each.name} is not written yet")
+        source = path.read_text()
+        assert ('"quick"' in source) == ("quick" in each.takes), each.name
+        assert ('"out"' in source) == (each.out != "none"), each.name
+        if each.is_simulated and each.name != MAP.name:
+            assert "def comparison(" in source, each.name
+
+
+# The runner.
+
+ALONE = Experiment("one", "Fig 0", "A title", "What it shows.", "", 1, takes=("turns", "quick"))
+OTHER = replace(ALONE, name="two", takes=(), out="file")
+
+
+class Scripts:
+    """Stands in for processes: each script prints its line, or fails."""
+
+    def __init__(self, **ends: tuple[int, str, str]):
+        self.ends, self.commands = ends, []
+
+    def __call__(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        self.commands.append(command)
+        code, out, error = self.ends.get(command[2].split(".")[1], (0, 'said\n{"a": 1}\n', ""))
+        return subprocess.CompletedProcess(command, code, out, error)
+
+
+def run_all(results: Path, scripts: Scripts, force: bool = False, **given) -> list[str]:
+    return figures.run_all([ALONE, OTHER], results, given, force, scripts)
+
+
+def test_scripts_get_the_flags_that_they_have_and_their_files_are_kept(tmp_path, capsys):
+    scripts = Scripts()
+    assert run_all(tmp_path, scripts, turns="F", quick=True) == []
+    one, two = scripts.commands
+    assert one[2:] == ["experiments.one", "--turns=F", "--quick", f"--out={tmp_path / 'one'}"]
+    assert two[2:] == ["experiments.two", f"--out={tmp_path / 'two' / 'rows.jsonl'}"]
+    assert json.loads((tmp_path / "one" / "one.json").read_text()) == {"a": 1}
+    assert (tmp_path / "one" / "log.txt").read_text().startswith("said")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("[1/2] one: about 1 min ... ok after")
+    assert len(lines) == 2
+
+
+def test_what_ended_well_with_the_same_flags_and_code_is_not_run_again(tmp_path, monkeypatch):
+    run_all(tmp_path, Scripts())
+    again = Scripts()
+    run_all(tmp_path, again)
+    assert again.commands == []
+    run_all(tmp_path, again, turns="G")
+    assert [command[2] for command in again.commands] == ["experiments.one"]
+    run_all(tmp_path, again, turns="G", force=True)
+    assert len(again.commands) == 3
+    monkeypatch.setattr(figures, "code_version", lambda: "another")
+    run_all(tmp_path, again, turns="G")
+    assert len(again.commands) == 5
+
+
+def test_a_script_that_fails_is_told_of_and_is_run_again(tmp_path):
+    failing = Scripts(one=(1, "", "Traceback\nerror: no room\n"), two=(0, "no object\n", ""))
+    run_all(tmp_path, Scripts())
+    assert run_all(tmp_path, failing, force=True) == ["one", "two"]
+    first, second = (outcomes.read_outcome(each, tmp_path / each.name) for each in (ALONE, OTHER))
+    assert (first.error, first.last) == ("error: no room", None)
+    assert second.error == "its last line of stdout is no JSON object"
+    assert not (tmp_path / "one" / "one.json").exists()  # of the run before
+    mended = Scripts()
+    assert run_all(tmp_path, mended) == []
+    assert len(mended.commands) == 2
+
+
+def test_names_of_scripts_are_checked():
+    assert [each.name for each in figures.chosen([ALONE, OTHER], ["two"])] == ["two"]
+    measured = replace(OTHER, is_simulated=False)
+    assert figures.chosen([ALONE, measured], []) == [ALONE]
+    with pytest.raises(ConfigError, match="--only=three: take of one, two"):
+        figures.chosen([ALONE, OTHER], ["three"])
+
+
+# The page in a browser.
+
+WITH_BROWSER = pytest.mark.skipif(browser.missing() is not None, reason=str(browser.missing()))
+
+
+@pytest.fixture(scope="module")
+def window():
+    with browser.chromium() as found:
+        yield found
+
+
+@WITH_BROWSER
+@pytest.mark.parametrize("is_dark", [False, True])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_page_opens_from_disk_at_any_width(window, page, width, is_dark):
+    window.open(page, width, is_dark)
+    assert window.complaints() == []
+    assert window.requests() == [page.as_uri()]
+    assert window.run("document.documentElement.scrollWidth <= window.innerWidth")
+    assert window.run("[...document.images].every((i) => i.complete && i.naturalWidth > 0)")
+    background = window.run("getComputedStyle(document.body).backgroundColor")
+    assert (max(map(int, re.findall(r"\d+", background))) < 64) == is_dark
+    # What is wider than the window scrolls in a box that the keyboard reaches.
+    wide = "[...document.querySelectorAll('.scroll')].filter((e) => e.scrollWidth > e.clientWidth)"
+    assert window.run(f"{wide}.every((e) => e.tabIndex === 0 && e.ariaLabel)")
+    assert window.run(f"{wide}.length > 0") == (width == 360)
+
+
+def shown(window) -> tuple[int, list[str]]:
+    """The step that the map shows, from 0, and the owners that it names."""
+    step = int(window.text("#map-now").split()[0]) - 1
+    return step, window.text("#map-details").splitlines()
+
+
+@WITH_BROWSER
+def test_a_page_shows_its_owners_to_mouse_finger_and_keyboard(window, page, recorded):
+    recording = recorded[0]
+    frames = list(recorded_pages.frames_of(recording))
+    window.open(page, 1280)
+    assert "choose it with the arrow keys" in window.text("#map-details")
+    window.mouse("#map-canvas", 20, 20)
+    step, (title, *names) = shown(window)
+    holders = recorded_pages.owners_of(frames[step])[0]
+    assert title == f"Page 0 is shared by {len(holders)} sequences."
+    assert sorted(name.split(":")[0] for name in names) == sorted(names_of(recording, holders))
+    window.press("#map-canvas", "ArrowRight")
+    assert shown(window)[1][0].startswith("Page 1 ")
+    window.press("#map-canvas", ".")
+    assert shown(window)[0] == step + 1
+    window.mouse("#map-canvas", 20, -30)
+    window.open(page, 360)
+    window.tap("#map-canvas", 20, 20)
+    assert shown(window)[1][0].startswith("Page 0 ")
+    assert window.complaints() == []
+
+
+def names_of(recording: dict, sequences: list[int]) -> list[str]:
+    leaders = sorted({row[0] for row in recording["sequences"]})
+    names = []
+    for sequence in sequences:
+        leader, samples = recording["sequences"][sequence][:2]
+        sample = f", sample {sequence - leader + 1} of {samples}" if samples > 1 else ""
+        names.append(f"request {leaders.index(leader) + 1}{sample}")
+    return names
+
+
+@WITH_BROWSER
+def test_the_map_steps_plays_and_shows_other_runs(window, page, recorded):
+    last = len(recorded[0]["steps"])
+    window.open(page, 1280)
+    start, _ = shown(window)
+    window.press("#map-step", "ArrowRight")
+    assert shown(window)[0] == start + 1
+    window.click("#map-back")
+    assert shown(window)[0] == start
+    window.run("const s = document.getElementById('map-step'); s.value = s.max; "
+               "s.dispatchEvent(new Event('input'))")  # fmt: skip
+    assert window.text("#map-now").startswith(f"{last} of {last},")
+    window.click("#map-play")
+    assert window.text("#map-play") == "Pause"
+    window.click("#map-play")
+    assert window.text("#map-play") == "Play"
+    assert shown(window)[0] < last - 1  # it began anew
+    window.run("document.querySelectorAll('#map-runs input')[1].click()")
+    window.mouse("#map-canvas", 5, 5)
+    assert window.text("#map-details") == "Page 0 is held by one sequence.\nrequest 1"
+    assert window.complaints() == []
