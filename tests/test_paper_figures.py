@@ -192,6 +192,7 @@ def test_advise_says_whether_pages_pay_and_how_many_users_fit():
     assert_fails_with(run_script("advise", flags[0]), "--prompt_len and --output_len", "--workload")
 
 
+@pytest.mark.slow
 def test_fig18_in_short(tmp_path):
     done = run_script("fig18_ablation", "--quick", "--turns=drawn", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
@@ -203,6 +204,7 @@ def test_fig18_in_short(tmp_path):
     assert_fails_with(wrong, "--page_sizes=16,48", "must divide 2048")
 
 
+@pytest.mark.slow
 def test_claim_throughput_in_short(tmp_path):
     out = tmp_path / "rows.jsonl"
     few = ("--requests=2048", "--quick", "--num_slots=64", "--kv_tokens=16384", "--turns=drawn")
@@ -265,6 +267,7 @@ def test_simulate_refuses_what_it_cannot_do(tmp_path, trace):
     assert_fails_with(wrong, "line 1: not JSON")
 
 
+@pytest.mark.slow
 def test_simulate_serves_conversations_and_prompts_that_begin_alike(tmp_path, trace):
     turns = tmp_path / "turns.csv"
     turns.write_text(

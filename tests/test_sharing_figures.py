@@ -132,6 +132,7 @@ def test_the_highest_rate_is_one_that_was_measured_within_the_limit():
     assert rates == sorted(rates) and found["rate"] in rates and 3.0 in rates
 
 
+@pytest.mark.slow
 def test_fig16_in_short(tmp_path):
     done = run_script("fig16_shared_prefix", "--quick", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
@@ -152,6 +153,7 @@ def test_fig16_in_short(tmp_path):
     assert [row.paper for row in fig16_shared_prefix.comparison(last)] == [3.58, None, 1.67]
 
 
+@pytest.mark.slow
 def test_fig17_in_short(tmp_path):
     done = run_script("fig17_chatbot", "--quick", "--turns=drawn", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
