@@ -158,7 +158,7 @@ def conditions_by_flags() -> dict[str, Conditions]:
             "half the limit": replace(base, limit_s=FLAGS.limit_s / 2),
             "twice the limit": replace(base, limit_s=2 * FLAGS.limit_s),
             "20 ms more a step": replace(base, overhead_s=FLAGS.overhead_s + 0.02),
-            f"{kv_tokens} tokens of KV": replace(base, setup=replace(SETUP, kv_bytes=kv_bytes)),
+            f"{kv_tokens:,} tokens of KV": replace(base, setup=replace(SETUP, kv_bytes=kv_bytes)),
             "outputs twice as long": replace(base, output_factor=2.0),
         }
     return found
@@ -287,13 +287,13 @@ def draw(
         for column, (prefix, found) in enumerate(panels.items()):
             axes, paper = grid[0, column], PAPER[prefix]
             rate_search.draw_latencies(axes, found, FLAGS.limit_s, COLOURS, LABELS)
-            marked = f"the paper's {paper:g} x Oracle"
-            rate_search.mark_paper(axes, paper * found["oracle"]["rate"], FLAGS.limit_s, marked)
+            oracle = found["oracle"]["rate"]
+            rate_search.mark_paper(axes, paper, oracle, FLAGS.limit_s, LABELS["oracle"])
             axes.set_title(f"{prefix}, {PREFIX_LENS[prefix]} tokens")
-            axes.legend(frameon=False, fontsize=10, loc="upper right")
             if rows > 1:
                 ratio_of = {name: by_prefix[prefix]["oracle"] for name, by_prefix in over.items()}
                 rate_search.draw_conditions(grid[1, column], ratio_of, paper, LABELS["oracle"])
+        grid[0, 0].legend(frameon=False, fontsize=10, loc="upper right")
         figure.savefig(path)
 
 

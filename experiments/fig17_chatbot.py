@@ -260,8 +260,8 @@ def draw(found: Mapping[str, dict], over: Mapping[str, dict[str, float]], path: 
         figure = Figure(figsize=(6.8 * columns, 4.8), layout="constrained")
         grid = figure.subplots(1, columns, squeeze=False)[0]
         rate_search.draw_latencies(grid[0], found, FLAGS.limit_s, RUN_COLOURS, LABELS)
-        marked = f"the paper's {PAPER:g} x Oracle"
-        rate_search.mark_paper(grid[0], PAPER * found["oracle"]["rate"], FLAGS.limit_s, marked)
+        oracle = found["oracle"]["rate"]
+        rate_search.mark_paper(grid[0], PAPER, oracle, FLAGS.limit_s, LABELS["oracle"])
         grid[0].legend(frameon=False, fontsize=10, loc="upper left")
         if columns > 1:
             ratio_of = {name: ratio["oracle"] for name, ratio in over.items()}

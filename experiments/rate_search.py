@@ -86,11 +86,14 @@ def draw_latencies(
     axes.set_ylabel("normalized latency, s/token")
 
 
-def mark_paper(axes: Axes, rate: float, limit_s: float, label: str) -> None:
-    """Where the line of the system that the paper is about would cross the limit."""
-    axes.plot(
-        rate, limit_s, "D", ms=8, mfc="white", mec=INK, mew=1.4, zorder=3, ls="none", label=label
-    )
+def mark_paper(axes: Axes, ratio: float, other_rate: float, limit_s: float, other: str) -> None:
+    """Where the line of the paper's system would cross the limit, by its gain over another."""
+    rate = ratio * other_rate
+    axes.plot(rate, limit_s, "D", ms=8, mfc="white", mec=INK, mew=1.4, zorder=3)
+    axes.annotate(
+        f"paper:\n{ratio:g} x {other}", (rate, limit_s), (0, 9), textcoords="offset points",
+        ha="center", va="bottom", fontsize=10,
+    )  # fmt: skip
     axes.set_xlim(right=max(axes.get_xlim()[1], 1.1 * rate))
 
 
@@ -99,7 +102,10 @@ def draw_conditions(axes: Axes, over: Mapping[str, float], paper: float, other: 
     for y, ratio in enumerate(over.values()):
         axes.plot([0, ratio], [y, y], color="#dfe2e5", lw=1.4, zorder=1)
         axes.plot(ratio, y, "o", ms=7, color=RUN_COLOURS["paged"])
-        axes.text(ratio, y, f"  {ratio:.2f}", va="center", fontsize=10)
+        axes.annotate(
+            f"{ratio:.2f}", (ratio, y), (9, 0), textcoords="offset points", va="center",
+            fontsize=10, bbox={"fc": "white", "ec": "none", "pad": 1},
+        )  # fmt: skip
     axes.axvline(paper, color=INK, lw=1.2, ls=(0, (4, 3)), zorder=0)
     axes.text(paper, -0.75, f"paper {paper:g}", ha="center", va="bottom", fontsize=10)
     axes.set_yticks(range(len(over)), list(over), fontsize=10)
