@@ -8,6 +8,7 @@ import numpy as np
 from jaxpage.config import EngineConfig
 from jaxpage.paging.allocator import ALLOCATORS, CACHED
 from jaxpage.scheduling.policies import POLICIES
+from jaxpage.sim import lengths as length_sets
 from jaxpage.sim import runs
 from jaxpage.sim.cost_model import CostModel
 from jaxpage.sim.lengths import Lengths
@@ -25,11 +26,9 @@ class Served(NamedTuple):
 
 def requests_of(lengths: Lengths, prefix_len: int) -> list[Arrival]:
     """All there from the start, with `prefix_len` common tokens before each prompt."""
-    prefix = tuple(range(prefix_len))
-    return [
-        Arrival(0.0, prefix_len + prompt, output, content=prefix)
-        for prompt, output in zip(lengths.prompts.tolist(), lengths.outputs.tolist(), strict=True)
-    ]
+    longer = lengths._replace(prompts=prefix_len + lengths.prompts)
+    times_s = np.zeros(len(lengths.prompts))
+    return length_sets.requests_of(longer, times_s, content=range(prefix_len))
 
 
 def serve(

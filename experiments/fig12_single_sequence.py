@@ -16,7 +16,6 @@ engine of 2023, none here unless --overhead_s.
 
 import json
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,14 @@ import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 
-from experiments import common, paper_setups
+from experiments import common, paper_setups, rate_search
 from experiments.comparisons import Comparison
 from experiments.paper_setups import SETUPS
 from experiments.plots import LABELS, RUN_COLOURS, STYLE
+from experiments.rate_search import Point
 from jaxpage.config import require
 from jaxpage.sim import arrivals
 from jaxpage.sim import lengths as length_sets
-from jaxpage.sim.capacity import capacity
 from jaxpage.sim.lengths import Lengths
 
 FLAGS = flags.FLAGS
@@ -58,9 +57,8 @@ def define_flags() -> None:
     flags.adopt_module_key_flags(paper_setups)
     flags.DEFINE_list("models", list(SETUPS), "Which models to serve.")
     flags.DEFINE_list("datasets", list(NUM_REQUESTS), "Whose requests.")
-    flags.DEFINE_float("limit_s", 0.2, "The most normalized latency, s/token.", lower_bound=1e-6)
-    flags.DEFINE_float("overhead_s", 0.0, "Seconds that the host adds to a step.", lower_bound=0.0)
-    flags.DEFINE_integer("num_slots", 256, "The most sequences at once.", lower_bound=1)
+    rate_search.define_flags()
+    flags.adopt_module_key_flags(rate_search)
     flags.DEFINE_bool("quick", False, "OPT-13B alone, a quarter of the requests.")
     flags.DEFINE_string("out", None, "The folder to write to.", required=True)
 
@@ -70,12 +68,7 @@ def main(_: list[str]) -> None:
     panels = panels_by_flags()
     length_sets_of = {name: paper_setups.lengths_by_flags(name) for name in NUM_REQUESTS}
     cases = [(*panel, system) for panel in panels for system in SYSTEMS]
-    with ThreadPoolExecutor(2) as pool:
-        futures = {case: pool.submit(search, *case, length_sets_of[case[1]][0]) for case in cases}
-        found = {}
-        for case, future in futures.items():
-            found[case] = future.result()
-            print(f"{', '.join(case)}: {found[case]['rate']:.2f} requests/s", flush=True)
+    found = rate_search.search_all(cases, lambda case: search(*case, length_sets_of[case[1]][0]))
     with (out / "fig12.jsonl").open("w") as file:
         for (model, dataset, system), result in found.items():
             for point in result["points"]:
@@ -112,9 +105,8 @@ def search(model: str, dataset: str, system: str, lengths: Lengths) -> dict[str,
     chosen = lengths.take(rng.choice(len(lengths.prompts), num))
     # The same users at every rate, in faster or slower time.
     times_s = arrivals.poisson(rng, num, 1.0)
-    points = []
 
-    def latency_s(rate: float) -> float:
+    def measure(rate: float) -> Point:
         run, _ = SETUPS[model].run(
             "max" if system == "static" else system,
             length_sets.requests_of(chosen, times_s / rate),
@@ -122,13 +114,9 @@ def search(model: str, dataset: str, system: str, lengths: Lengths) -> dict[str,
             static_batches=system == "static",
             overhead_s=FLAGS.overhead_s,
         )
-        latency = float(np.mean(run.timeline.normalized_latency_s))
-        batch = float(np.mean(run.steps["num_running"]))
-        points.append({"rate": rate, "normalized_latency_s": latency, "batched": batch})
-        return latency
+        return rate_search.point_of(rate, run)
 
-    rate = capacity(latency_s, FLAGS.limit_s, STARTS[model, dataset])
-    return {"rate": rate, "points": sorted(points, key=lambda point: point["rate"])}
+    return rate_search.highest_rate(measure, FLAGS.limit_s, STARTS[model, dataset])
 
 
 def nested(found: Mapping, panels: list[tuple[str, str]]) -> dict[str, dict[str, float]]:
@@ -171,17 +159,9 @@ def draw(found: Mapping, panels: list[tuple[str, str]], path: Path) -> None:
         )
         grid = figure.subplots(-(-len(panels) // columns), columns, squeeze=False)
         for axes, panel in zip(grid.flat, panels, strict=True):
-            for system in SYSTEMS:
-                points = found[*panel, system]["points"]
-                rates = [point["rate"] for point in points]
-                latencies = [point["normalized_latency_s"] for point in points]
-                axes.plot(rates, latencies, "o-", ms=3, color=colours[system], label=OTHERS[system])
-            axes.axhline(FLAGS.limit_s, color="#b9bec4", lw=0.8)
-            axes.set_ylim(0, 2 * FLAGS.limit_s)
-            axes.set_xlim(0, 1.15 * found[*panel, "paged"]["rate"])
+            results = {system: found[*panel, system] for system in SYSTEMS}
+            rate_search.draw_latencies(axes, results, FLAGS.limit_s, colours, OTHERS)
             axes.set_title(", ".join(panel))
-            axes.set_xlabel("requests/s")
-            axes.set_ylabel("normalized latency, s/token")
         grid.flat[0].legend(frameon=False, fontsize=10)
         figure.savefig(path)
 

@@ -83,15 +83,6 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         takes=(*LENGTHS, "quick"),
     ),
     Experiment(
-        "fig14_parallel_and_beam",
-        "Fig 14",
-        "Parallel sampling and beam search",
-        "Normalized latency by rate where a request has several samples, or beams.",
-        "Curves of normalized latency by requests a second for samples and beams of 2, 4 and 6.",
-        10,
-        takes=(*LENGTHS, "quick"),
-    ),
-    Experiment(
         "fig15_sharing_savings",
         "Fig 15",
         "Pages saved by sharing",
@@ -126,16 +117,6 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         "Latency at a fixed rate, by the number of tokens in a page.",
         "Normalized latency by tokens a page, for ShareGPT and Alpaca.",
         3,
-        takes=(*LENGTHS, "quick"),
-    ),
-    Experiment(
-        "fig19_swap_recompute",
-        "Fig 19",
-        "Computing again, or moving",
-        "What it takes to bring back a preempted sequence, by page size, both ways.",
-        "Milliseconds of computing again and of moving pages, and latency under each, by page "
-        "size.",
-        10,
         takes=(*LENGTHS, "quick"),
     ),
     Experiment(

@@ -24,16 +24,21 @@ from experiments import common
 from jaxpage.config import PREEMPTION_MODES, EngineConfig, require
 from jaxpage.paging.allocator import ALLOCATORS, CACHED, Allocator
 from jaxpage.scheduling.policies import POLICIES
-from jaxpage.sim import arrivals, cost_model, runs, trace_files
+from jaxpage.sim import arrivals, cost_model, runs, synthetic, trace_files
+from jaxpage.sim import lengths as length_sets
 from jaxpage.sim.cost_model import CostModel
 from jaxpage.sim.device import DEVICES, find_device
 from jaxpage.sim.efficiencies import read_efficiencies
 from jaxpage.sim.metrics import latency_summary, steps_of_note, waste_shares
 from jaxpage.sim.runs import Run, kv_tokens_in
 from jaxpage.sim.shapes import SHAPES
+from jaxpage.sim.synthetic import Level
 from jaxpage.sim.trace_files import FORMATS, Recorded
 
 FLAGS = flags.FLAGS
+
+TURNS = "turns"
+MOST_TOKENS = 4096  # of a conversation, unless --max_tokens
 
 
 def define_flags() -> None:
@@ -48,17 +53,51 @@ def define_flags() -> None:
     flags.DEFINE_float(
         "overhead_s", 0.0, "Seconds that the host adds to every step.", lower_bound=0.0
     )
+    define_trace_flags()
+    define_serving_flags()
+    flags.DEFINE_float("slo_ttft_s", np.inf, "A first token counts as good up to this.")
+    flags.DEFINE_float("slo_tpot_s", np.inf, "And the time between tokens up to this.")
+    flags.DEFINE_string("out", None, "The folder to write to.", required=True)
+
+
+def define_trace_flags() -> None:
+    """What arrives, and when."""
     flags.DEFINE_string("trace", None, "The file with the requests.", required=True)
-    flags.DEFINE_enum("trace_format", None, sorted(FORMATS), "Its format.", required=True)
+    flags.DEFINE_enum(
+        "trace_format",
+        None,
+        [*sorted(FORMATS), TURNS],
+        f"Its format; {TURNS} are those of conversations, whose next comes after the last answer.",
+        required=True,
+    )
+    flags.DEFINE_string("token_column", "gpt2_tokens", f"The column of {TURNS} with the lengths.")
+    flags.DEFINE_float(
+        "think_s",
+        30.0,
+        f"With {TURNS}: mean seconds from an answer to the next turn (exponential).",
+        lower_bound=0.0,
+    )
+    flags.DEFINE_list(
+        "prefix_tree",
+        [],
+        "What prompts begin with, as CHILDRENxTOKENS by level: 4x512,8x128 is one of 4 prompts of "
+        "512 tokens, and then one of the 8 continuations of 128 that each of them has.",
+    )
     flags.DEFINE_float(
         "rate",
         None,
         "Requests a second that arrive at random (Poisson) in place of the trace's own times; "
-        "formats without times need it.",
+        "formats without times need it. Of conversations with --trace_format=turns.",
         lower_bound=1e-9,
     )
-    flags.DEFINE_integer("requests", None, "How many to take; by default all.", lower_bound=1)
+    flags.DEFINE_integer(
+        "requests", None, "How many (or conversations) to take; by default all.", lower_bound=1
+    )
     flags.DEFINE_integer("seed", 0, "The seed of arrivals.")
+
+
+def define_serving_flags() -> None:
+    """What it is served with."""
     flags.DEFINE_integer(
         "kv_tokens",
         None,
@@ -89,14 +128,11 @@ def define_flags() -> None:
         "under --preemption=recompute.",
         lower_bound=1,
     )
-    flags.DEFINE_float("slo_ttft_s", np.inf, "A first token counts as good up to this.")
-    flags.DEFINE_float("slo_tpot_s", np.inf, "And the time between tokens up to this.")
-    flags.DEFINE_string("out", None, "The folder to write to.", required=True)
 
 
 def main(_: list[str]) -> None:
     out = common.make_folder(FLAGS.out)
-    recorded = retimed(trace_files.read(Path(FLAGS.trace), FLAGS.trace_format))
+    recorded = trace_by_flags()
     cost = cost_by_flags()
     config, allocator = config_by_flags(cost, recorded), allocator_by_flags()
     start_s = time.perf_counter()
@@ -115,6 +151,44 @@ def main(_: list[str]) -> None:
     row["simulated_requests_per_wall_s"] = len(recorded.requests) / wall_s
     write(out, run, row | common.provenance())
     common.print_last_line(row | common.provenance())
+
+
+def trace_by_flags() -> Recorded:
+    """The requests of `--trace`, with times."""
+    if FLAGS.trace_format == TURNS:
+        require(not FLAGS.prefix_tree, "--prefix_tree goes with traces whose turns are apart")
+        return conversations_by_flags()
+    recorded = retimed(trace_files.read(Path(FLAGS.trace), FLAGS.trace_format))
+    if not FLAGS.prefix_tree:
+        return recorded
+    rng = np.random.default_rng(FLAGS.seed)
+    requests = synthetic.with_prefixes(rng, recorded.requests, levels_by_flag(), tokens_each=1)
+    return recorded._replace(requests=requests, tokens_each=1)
+
+
+def conversations_by_flags() -> Recorded:
+    require(FLAGS.rate is not None, "conversations have no times: say how fast they open by --rate")
+    turns = length_sets.read_turns(Path(FLAGS.trace), FLAGS.token_column)
+    dialogues = synthetic.dialogues_of(turns, FLAGS.max_tokens or MOST_TOKENS)
+    num = FLAGS.requests or len(dialogues)
+    require(0 < num <= len(dialogues), f"--requests={num}: {FLAGS.trace} has {len(dialogues)}")
+    rng = np.random.default_rng(FLAGS.seed)
+    opens_s = arrivals.poisson(rng, num, FLAGS.rate).tolist()
+    pauses_s = iter(lambda: float(rng.exponential(FLAGS.think_s)), None)
+    requests = synthetic.multi_turn(dialogues[:num], opens_s, pauses_s)
+    return Recorded(requests, tokens_each=1, has_times=True)
+
+
+def levels_by_flag() -> list[Level]:
+    levels = []
+    for text in FLAGS.prefix_tree:
+        numbers = text.split("x")
+        require(
+            len(numbers) == 2 and all(number.isdecimal() for number in numbers),
+            f"--prefix_tree={','.join(FLAGS.prefix_tree)}: expected CHILDRENxTOKENS, got {text!r}",
+        )
+        levels.append(Level(*map(int, numbers)))
+    return levels
 
 
 def retimed(recorded: Recorded) -> Recorded:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxpage.config import EngineConfig
-from jaxpage.paging import eviction
+from jaxpage.paging import priority_queue
 from jaxpage.paging.allocator import ALLOCATORS, CACHED, WHOLE_CACHED
 from jaxpage.scheduling import state as scheduler_state
 from jaxpage.scheduling.policies import fcfs
@@ -57,7 +57,7 @@ def copies_by_shape(allocator, config=CONFIG) -> Counter:
 def test_pages_that_move_copy_no_array_of_a_tiers_size(allocator):
     config = replace(CONFIG, preemption="fine", host_pages=6007)
     copies = copies_by_shape(allocator, config)
-    keys = eviction.create(NUM_PAGES + 6007, num_tiers=2).keys.shape
+    keys = priority_queue.create(NUM_PAGES + 6007, num_queues=2).keys.shape
     for shape in ("6007", str(NUM_PAGES + 6007), ",".join(map(str, keys))):
         assert copies[shape] == 0
     assert copies[str(NUM_PAGES)] <= 2
@@ -67,7 +67,7 @@ def test_pages_that_move_copy_no_array_of_a_tiers_size(allocator):
 def test_no_step_copies_an_array_of_the_pools_or_the_tables_size(name):
     copies = copies_by_shape((ALLOCATORS | CACHED)[name])
     assert copies  # the pattern finds copies
-    width = eviction.create(NUM_PAGES).keys.shape
+    width = priority_queue.create(NUM_PAGES).keys.shape
     for shape in (f"{NUM_SLOTS},{PAGES_PER_SLOT}", ",".join(map(str, width))):
         assert copies[shape] == 0
     # Two in the branch for shared pages that are too few, which looks through the pool anyway.

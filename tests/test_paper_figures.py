@@ -192,6 +192,7 @@ def test_advise_says_whether_pages_pay_and_how_many_users_fit():
     assert_fails_with(run_script("advise", flags[0]), "--prompt_len and --output_len", "--workload")
 
 
+@pytest.mark.slow
 def test_fig18_in_short(tmp_path):
     done = run_script("fig18_ablation", "--quick", "--turns=drawn", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
@@ -203,6 +204,7 @@ def test_fig18_in_short(tmp_path):
     assert_fails_with(wrong, "--page_sizes=16,48", "must divide 2048")
 
 
+@pytest.mark.slow
 def test_claim_throughput_in_short(tmp_path):
     out = tmp_path / "rows.jsonl"
     few = ("--requests=2048", "--quick", "--num_slots=64", "--kv_tokens=16384", "--turns=drawn")
@@ -263,3 +265,21 @@ def test_simulate_refuses_what_it_cannot_do(tmp_path, trace):
     assert_fails_with(run_script("simulate", *base, "--kv_tokens=4"), "--kv_tokens=4", "of 16")
     wrong = run_script("simulate", f"--trace={trace}", "--trace_format=mooncake", base[-1])
     assert_fails_with(wrong, "line 1: not JSON")
+
+
+@pytest.mark.slow
+def test_simulate_serves_conversations_and_prompts_that_begin_alike(tmp_path, trace):
+    turns = tmp_path / "turns.csv"
+    turns.write_text(
+        "conv_index,turn_index,role,gpt2_tokens\n0,0,human,40\n0,1,gpt,8\n0,2,human,9\n0,3,gpt,7\n"
+    )
+    few = ("--num_slots=8", f"--out={tmp_path / 'out'}", "--model=llama-3.1-8b")
+    base = (*few, f"--trace={turns}", "--trace_format=turns")
+    done = run_script("simulate", *base, "--rate=1", "--think_s=5")
+    assert done.returncode == 0, done.stderr
+    # 47 of the 48 tokens of the first turn were computed: two full pages.
+    assert json.loads(done.stdout.splitlines()[-1])["hit_tokens"] == 32
+    base = (*few, f"--trace={trace}", "--trace_format=azure")
+    done = run_script("simulate", *base, "--prefix_tree=1x64,1x16")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["hit_tokens"] == 29 * 80

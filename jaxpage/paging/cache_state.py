@@ -5,12 +5,13 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from jaxpage.paging import eviction, host_tier, page_table, prefix_index
-from jaxpage.paging.eviction import EvictionQueue, ScoreFn
+from jaxpage.paging import host_tier, page_table, prefix_index, priority_queue
+from jaxpage.paging.eviction import ScoreFn
 from jaxpage.paging.host_tier import HostTier
 from jaxpage.paging.in_place import first_read
 from jaxpage.paging.page_table import PageTable
 from jaxpage.paging.prefix_index import PrefixIndex
+from jaxpage.paging.priority_queue import PriorityQueue
 
 POOL, HOST = 0, 1  # the queue's tiers
 
@@ -26,7 +27,7 @@ class PrefixCache(struct.PyTreeNode):
 
     table: PageTable
     index: PrefixIndex
-    queue: EvictionQueue  # cached pages that no page follows, or none of the pool one of the pool
+    queue: PriorityQueue  # by tier, cached pages that no page follows, or none of the pool
     num_cached: jax.Array  # i32[], pages of the pool in the index that nobody holds
     num_host_cached: jax.Array  # i32[], the same of the host
     hosted_children: jax.Array  # i32[P + H], pages of the host that name it as parent
@@ -133,14 +134,14 @@ def make_room(
 
     def leave_next(carry):
         cache, follows = carry
-        page = eviction.first(cache.queue, POOL)
+        page = priority_queue.first(cache.queue, POOL)
         if not whole:
             return leave(cache, page)[0], follows
         page = jnp.where(follows < cache.null, follows, page)
         cache, parent = leave(cache, page)
         # If a page of the host had to make room first, it is still there.
-        parent = jnp.where(eviction.is_queued(cache.queue, POOL, page), page, parent)
-        is_next = eviction.is_queued(cache.queue, POOL, parent)
+        parent = jnp.where(priority_queue.is_queued(cache.queue, POOL, page), page, parent)
+        is_next = priority_queue.is_queued(cache.queue, POOL, parent)
         return cache, jnp.where(is_next, parent, cache.null)
 
     def leave(cache, page):
@@ -153,7 +154,7 @@ def make_room(
         is_followed, cache = first_read(cache.hosted_children[page] > 0, cache)
         goes = ((tier.outs.count < tier.budget) | is_followed) & has_room
         moves, is_full = goes & (tier.num_free > 0), goes & (tier.num_free == 0)
-        page = jnp.where(is_full, eviction.first(cache.queue, HOST), page)
+        page = jnp.where(is_full, priority_queue.first(cache.queue, HOST), page)
         # One of the two is none: branches would have to copy what only one of them changes.
         moved = jnp.where(moves, page, cache.null)
         cache, parent = _move(unqueue(cache, page), moved)
@@ -167,7 +168,7 @@ def make_room(
 
 def make_host_room(cache: PrefixCache, score: ScoreFn) -> PrefixCache:
     """Evicts a cached page of the host if none is free there."""
-    page = eviction.first(cache.queue, HOST)
+    page = priority_queue.first(cache.queue, HOST)
     return evict(cache, jnp.where(cache.tier.num_free == 0, page, cache.null), score)[0]
 
 
@@ -231,16 +232,16 @@ def enqueue_leaf(cache: PrefixCache, page: jax.Array, score: ScoreFn) -> PrefixC
     owners, cache = first_read(at(cache.table.ref_counts, page, fill=1), cache)
     is_leaf &= owners == 0
     usage = index.usage(jnp.where(is_leaf, page, 0))
-    leaf = jnp.where(is_leaf, page, eviction.NEVER)
+    leaf = jnp.where(is_leaf, page, priority_queue.NEVER)
     key = jnp.stack([score(usage), usage.last_used])
-    return cache.replace(queue=eviction.put(cache.queue, _tier_of(cache, page), leaf, key))
+    return cache.replace(queue=priority_queue.put(cache.queue, _tier_of(cache, page), leaf, key))
 
 
 def unqueue(cache: PrefixCache, page: jax.Array) -> PrefixCache:
     """Takes `page: i32[]`, which may be none, out of the queue, if it is in."""
     tier, cache = first_read(_tier_of(cache, page), cache)
-    page = jnp.where(page < cache.null, page, eviction.NEVER)
-    return cache.replace(queue=eviction.remove(cache.queue, tier, page))
+    page = jnp.where(page < cache.null, page, priority_queue.NEVER)
+    return cache.replace(queue=priority_queue.remove(cache.queue, tier, page))
 
 
 def _tier_of(cache: PrefixCache, page: jax.Array) -> jax.Array | int:

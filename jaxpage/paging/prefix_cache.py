@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpage.paging import eviction, page_table, prefix_index, ragged, status
+from jaxpage.paging import page_table, prefix_index, priority_queue, ragged, status
 from jaxpage.paging.cache_state import (
     PrefixCache,
     at,
@@ -23,12 +23,13 @@ from jaxpage.paging.cache_state import (
     take,
     unqueue,
 )
-from jaxpage.paging.eviction import EvictionQueue, ScoreFn
+from jaxpage.paging.eviction import ScoreFn
 from jaxpage.paging.fitting import fitting as fitting_rows
 from jaxpage.paging.host_tier import HostTier
 from jaxpage.paging.in_place import first_read
 from jaxpage.paging.page_table import Appended, num_pages_for
 from jaxpage.paging.prefix_index import Entries, HashFn, Match
+from jaxpage.paging.priority_queue import PriorityQueue
 
 ENTRIES = 32  # pages that enter the index in one turn
 
@@ -58,7 +59,7 @@ def create(
             num_slots, pages_per_slot, num_pages, page_size, host_pages, budget, zero_freed
         ),
         index=prefix_index.create(null, page_size),
-        queue=eviction.create(null, num_tiers=2 if host_pages > 0 else 1),
+        queue=priority_queue.create(null, num_queues=2 if host_pages > 0 else 1),
         num_cached=jnp.asarray(0, jnp.int32),
         num_host_cached=jnp.asarray(0, jnp.int32),
         hosted_children=jnp.zeros((null,), jnp.int32),
@@ -356,13 +357,13 @@ def violations(cache: PrefixCache) -> jax.Array:
     return jnp.concatenate([page_table.violations(cache.table, is_in), jnp.stack(more)])
 
 
-def _broken(queue: EvictionQueue, leaves: jax.Array) -> jax.Array:
+def _broken(queue: PriorityQueue, leaves: jax.Array) -> jax.Array:
     """Pages that are queued and not in `leaves: bool[T, n]`, or the reverse, and wrong minima."""
     num_tiers, num_pages = leaves.shape
     scores, last_used = queue.keys
-    queued = scores.reshape(num_tiers, -1)[:, :num_pages] < eviction.NEVER
+    queued = scores.reshape(num_tiers, -1)[:, :num_pages] < priority_queue.NEVER
     lowest = jnp.min(scores, axis=2)
-    ties = jnp.where(scores == lowest[..., None], last_used, eviction.NEVER)
+    ties = jnp.where(scores == lowest[..., None], last_used, priority_queue.NEVER)
     lowest_keys = jnp.stack([lowest, jnp.min(ties, axis=2)])
     return _count(queued != leaves) + _count(lowest_keys != queue.lowest)
 

@@ -66,8 +66,12 @@ def is_due(time: Time, now: Time) -> jax.Array:
 
 def latest(first: Time, second: Time) -> Time:
     """The later of two instants."""
-    is_first = is_due(second, first)
-    return jax.tree.map(lambda a, b: jnp.where(is_first, a, b), first, second)
+    return choose(is_due(second, first), first, second)
+
+
+def choose(condition: jax.Array, first: Time, second: Time) -> Time:
+    """`first` where the condition holds, and elsewhere `second`."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), first, second)
 
 
 def to_seconds(time: Time) -> np.ndarray:

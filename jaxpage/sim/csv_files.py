@@ -1,4 +1,4 @@
-"""CSV files whose faults are reported with their line; plain or `.gz`."""
+"""CSV and TSV files whose faults are reported with their line; plain or `.gz`."""
 
 import csv
 import gzip
@@ -11,14 +11,19 @@ from jaxpage.config import ConfigError, require
 Row = dict[str, str]
 
 
-def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
+def read_rows(
+    path: Path, columns: Sequence[str], is_tsv: bool = False
+) -> Iterator[tuple[int, Row]]:
     """Rows with the number of their line, the header's being 1; `columns` are among theirs.
+
+    With `is_tsv` fields end with a tab, and quotation marks are as good as other characters.
 
     Raises:
       ConfigError: there is no such file, a column is missing, or a line has other fields.
     """
     with open_text(path) as file:
-        reader = csv.DictReader(file)
+        style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if is_tsv else {}
+        reader = csv.DictReader(file, **style)
         found = reader.fieldnames or []
         require(
             set(columns) <= set(found),

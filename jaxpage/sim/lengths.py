@@ -1,7 +1,6 @@
 """How long prompts and answers are: of recorded turns, of a file, or drawn by statistics."""
 
-import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,17 +63,49 @@ def pairs_of(turns: Iterable[RecordedTurn], rule: str, bos: int = 1) -> Lengths:
       ConfigError: there is no such rule, or no pair.
     """
     require(rule in PAIRING_RULES, f"pairing rule {rule!r} is none of {', '.join(PAIRING_RULES)}")
-    pairs = [
-        (said.num_tokens + bos, answer.num_tokens)
-        for said, answer in itertools.pairwise(turns)
-        if (said.conversation, said.number + 1) == (answer.conversation, answer.number)
-        and (said.is_human, answer.is_human) == (True, False)
-        and min(said.num_tokens, answer.num_tokens) > 0
-        and (rule == "all" or said.number == 0)
-    ]
-    require(len(pairs) > 0, "no human turn with an answer to it")
-    prompts, outputs = np.array(pairs, np.int64).T
-    return Lengths(prompts, outputs)
+    found = rounds_of(turns, bos)
+    if rule == "first":
+        found = found.take(found.numbers == 0)
+    require(len(found.said) > 0, "no conversation that a human turn with an answer opens")
+    return Lengths(found.said, found.answers)
+
+
+class Rounds(NamedTuple):
+    """What humans said and the answers to it, in the order of the turns; `i64[n]` each."""
+
+    conversations: np.ndarray
+    numbers: np.ndarray  # of the human's turn in the conversation
+    said: np.ndarray  # tokens, and BOS
+    histories: np.ndarray  # tokens of the conversation before
+    answers: np.ndarray  # tokens
+
+    def take(self, rows: np.ndarray | slice) -> "Rounds":
+        return Rounds(*(column[rows] for column in self))
+
+
+def rounds_of(turns: Iterable[RecordedTurn], bos: int = 1) -> Rounds:
+    """Every turn of a human that the next one answers; empty turns make no round.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    columns = np.array([tuple(turn) for turn in turns], np.int64).reshape(-1, 4).T
+    conversations, numbers, is_human, tokens = columns
+    before = np.cumsum(tokens) - tokens
+    opens = np.diff(conversations, prepend=-1) != 0
+    histories = before - np.maximum.accumulate(np.where(opens, before, 0))
+    said, answer = slice(-1), slice(1, None)
+    is_round = (
+        ~opens[answer]
+        & (numbers[said] + 1 == numbers[answer])
+        & (is_human[said] > is_human[answer])
+        & (np.minimum(tokens[said], tokens[answer]) > 0)
+    )
+    rows = np.flatnonzero(is_round)
+    require(len(rows) > 0, "no human turn with an answer to it")
+    return Rounds(
+        conversations[rows], numbers[rows], tokens[rows] + bos, histories[rows], tokens[rows + 1]
+    )
 
 
 def read_lengths(path: Path, prompt_column: str, output_column: str, bos: int = 0) -> Lengths:
@@ -118,7 +149,9 @@ def drawn(
     return Lengths(lengths(mean_prompt), lengths(mean_output))
 
 
-def requests_of(lengths: Lengths, arrival_s: np.ndarray, num_samples: int = 1) -> list[Arrival]:
-    """A request for each, in order."""
+def requests_of(
+    lengths: Lengths, arrival_s: np.ndarray, num_samples: int = 1, content: Sequence[int] = ()
+) -> list[Arrival]:
+    """A request for each, in order; all prompts begin with `content`, a number a token."""
     columns = (arrival_s.tolist(), lengths.prompts.tolist(), lengths.outputs.tolist())
-    return [Arrival(*each, num_samples=num_samples) for each in zip(*columns, strict=True)]
+    return [Arrival(*each, content, num_samples) for each in zip(*columns, strict=True)]

@@ -103,10 +103,13 @@ def _timeline(
     requests: Sequence[Arrival], trace: traces.Trace, served: simulate.Served
 ) -> Timeline:
     firsts, finishes = clock.to_seconds(served.first_tokens), clock.to_seconds(served.finishes)
+    arrival_s = np.array([request.arrival_s for request in requests])
+    finish_s = _by_request(np.maximum, trace, finishes)
+    follows = np.array([-1 if each.follows is None else each.follows for each in requests])
     return Timeline(
-        arrival_s=np.array([request.arrival_s for request in requests]),
+        arrival_s=np.where(follows < 0, arrival_s, finish_s[follows] + arrival_s),
         first_token_s=_by_request(np.minimum, trace, firsts),
-        finish_s=_by_request(np.maximum, trace, finishes),
+        finish_s=finish_s,
         output_lens=np.array([request.output_len for request in requests]),
     )
 

@@ -2,7 +2,8 @@
 
 The loop holds the very `plan_step` and `commit_step` of the engine. In place of the model stands
 `cost_model.step_seconds`, in place of the host a trace: what is due arrives between two steps, and
-where nothing is to be done the clock goes on to the next arrival.
+where nothing is to be done the clock goes on to the next arrival. The next turn of a conversation
+is due a while after the one before is done.
 """
 
 from functools import partial
@@ -13,7 +14,9 @@ from flax import struct
 from jax import lax
 
 from jaxpage.config import EngineConfig
+from jaxpage.paging import priority_queue
 from jaxpage.paging.allocator import Allocator
+from jaxpage.paging.priority_queue import PriorityQueue, first_key
 from jaxpage.scheduling import state as scheduler_state
 from jaxpage.scheduling.accounting import record_step
 from jaxpage.scheduling.batch import of_slots
@@ -46,6 +49,8 @@ class Simulation(struct.PyTreeNode):
     now: Time
     num_arrived: jax.Array  # i32[], sequences of the trace that have rows, or had
     num_done: jax.Array  # i32[], of these
+    head: jax.Array  # i32[], of those that follow none the next to arrive
+    turns: PriorityQueue  # those that are due by the end of another, by when; of none without such
     numbers: jax.Array  # i32[R], the sequence of the trace in each row
     served: Served
     log: StepLog
@@ -71,6 +76,8 @@ def create(trace: Trace, config: EngineConfig, allocator: Allocator) -> Simulati
         now=clock.create(0.0),
         num_arrived=jnp.asarray(0, jnp.int32),
         num_done=jnp.asarray(0, jnp.int32),
+        head=trace.next_heads[0],
+        turns=priority_queue.create(n if trace.has_followers else 1),
         numbers=jnp.full((rows,), n, jnp.int32),
         served=Served(clock.never((n,)), clock.never((n,)), zeros(n), zeros(n)),
         log=step_log.create(config.log_steps),
@@ -141,7 +148,7 @@ def simulate_step(
         is_steady=decode_runs.is_steady(planned, plan, scheduler),
         num_idle=jnp.where(seconds > 0, 0, simulation.num_idle + 1),
     )
-    return _note(simulation, plan)
+    return _note(simulation, trace, plan)
 
 
 def arrive(simulation: Simulation, trace: Trace) -> Simulation:
@@ -151,7 +158,7 @@ def arrive(simulation: Simulation, trace: Trace) -> Simulation:
     """
 
     def submit_next(simulation: Simulation) -> Simulation:
-        number, scheduler = simulation.num_arrived, simulation.scheduler
+        number, scheduler = _next(simulation, trace)[0], simulation.scheduler
         row = jnp.argmax(scheduler.requests.phases == FREE).astype(jnp.int32)
         leader = trace.leaders[number]
         of_leader = jnp.argmax(simulation.numbers == leader).astype(jnp.int32)
@@ -162,14 +169,15 @@ def arrive(simulation: Simulation, trace: Trace) -> Simulation:
             prompt,
             final_len=prompt + output,
             reserved_len=trace.reserved_lens[number],
-            arrival=leader,
+            arrival=simulation.num_arrived - (number - leader),
             ignore_eos=True,
             sampling=greedy(),
             group=jnp.where(leader == number, row, of_leader),
         )
+        simulation = _leave_outside(simulation, trace, number)
         return simulation.replace(
             scheduler=scheduler_state.submit(scheduler, row, request),
-            num_arrived=number + 1,
+            num_arrived=simulation.num_arrived + 1,
             numbers=simulation.numbers.at[row].set(number),
         )
 
@@ -179,13 +187,37 @@ def arrive(simulation: Simulation, trace: Trace) -> Simulation:
 
 
 def _arrives(simulation: Simulation, trace: Trace, now: Time) -> jax.Array:
-    """Whether the next sequence of the trace is due, and there are rows for its request."""
-    number = jnp.minimum(simulation.num_arrived, trace.num_rows - 1)
+    """Whether a sequence of the trace is due, and there are rows for its request."""
+    number, time = _next(simulation, trace)
     num_free = jnp.sum(simulation.scheduler.requests.phases == FREE, dtype=jnp.int32)
     is_leader = trace.leaders[number] == number
     has_rows = num_free >= jnp.where(is_leader, trace.num_samples[number], 1)
-    is_due = clock.is_due(trace.arrivals[number], now)
-    return (simulation.num_arrived < trace.count) & is_due & has_rows
+    return clock.is_due(time, now) & has_rows
+
+
+def _next(simulation: Simulation, trace: Trace) -> tuple[jax.Array, Time]:
+    """The sequence that arrives next, and when; at no time if none is known to."""
+    number = jnp.minimum(simulation.head, trace.num_rows - 1)
+    is_left = simulation.head < trace.count
+    time = clock.choose(is_left, trace.arrivals[number], clock.never())
+    if not trace.has_followers:
+        return number, time
+    turn, turn_time = priority_queue.first(simulation.turns), Time(*first_key(simulation.turns))
+    # The samples of a request arrive together.
+    is_leader = trace.leaders[number] == number
+    is_turn = clock.is_due(turn_time, time) & (is_leader | ~is_left)
+    is_turn &= turn_time.seconds < priority_queue.NEVER
+    return jnp.where(is_turn, turn, number), clock.choose(is_turn, turn_time, time)
+
+
+def _leave_outside(simulation: Simulation, trace: Trace, number: jax.Array) -> Simulation:
+    """Without the sequence among those that are still to come."""
+    is_head = number == simulation.head
+    head = jnp.where(is_head, trace.next_heads[number + 1], simulation.head)
+    if not trace.has_followers:
+        return simulation.replace(head=head)
+    turn = jnp.where(is_head, priority_queue.NEVER, number)
+    return simulation.replace(head=head, turns=priority_queue.remove(simulation.turns, 0, turn))
 
 
 def _run_ahead(
@@ -210,12 +242,10 @@ def _run_ahead(
 
 def _wait_if_idle(simulation: Simulation, trace: Trace) -> Simulation:
     """The clock at the next arrival, if nothing is there to be done before."""
-    number = simulation.num_arrived
-    following = trace.arrivals[jnp.minimum(number, trace.num_rows - 1)]
-    is_idle = (number < trace.count) & (simulation.num_done == number)
-    later = clock.latest(simulation.now, following)
-    now = jax.tree.map(lambda a, b: jnp.where(is_idle, a, b), later, simulation.now)
-    return simulation.replace(now=now)
+    arrived = simulation.num_arrived
+    is_idle = (arrived < trace.count) & (simulation.num_done == arrived)
+    later = clock.latest(simulation.now, _next(simulation, trace)[1])
+    return simulation.replace(now=clock.choose(is_idle, later, simulation.now))
 
 
 def _load(plan: Plan):
@@ -233,8 +263,8 @@ def _outcome(trace: Trace, numbers: jax.Array, requests: Requests, plan: Plan) -
     )
 
 
-def _note(simulation: Simulation, plan: Plan) -> Simulation:
-    """Notes who has a first token and who is done, and frees the rows of these."""
+def _note(simulation: Simulation, trace: Trace, plan: Plan) -> Simulation:
+    """Notes who has a first token and who is done, whose rows are free, and next turns due."""
     scheduler, served, now = simulation.scheduler, simulation.served, simulation.now
     requests, rows = scheduler.requests, plan.requests
     nobody = served.num_preemptions.shape[0]
@@ -258,8 +288,27 @@ def _note(simulation: Simulation, plan: Plan) -> Simulation:
     )
     gone = jnp.where(is_done, rows, requests.phases.shape[0])
     requests = requests.replace(phases=requests.phases.at[gone].set(FREE, mode="drop"))
-    return simulation.replace(
+    simulation = simulation.replace(
         scheduler=scheduler.replace(requests=requests),
         served=served,
         num_done=simulation.num_done + jnp.sum(is_done, dtype=jnp.int32),
     )
+    return _await_turns(simulation, trace, done) if trace.has_followers else simulation
+
+
+def _await_turns(simulation: Simulation, trace: Trace, done: jax.Array) -> Simulation:
+    """With the turns that follow `done: i32[B]`, each at its time; a turn of the loop for each."""
+    n = trace.num_rows
+    followers = trace.followers.at[done].get(mode="fill", fill_value=n)
+
+    def await_next(carry):
+        followers, turns = carry
+        slot = jnp.argmax(followers < n)
+        number = followers[slot]
+        time = clock.add(simulation.now, trace.arrivals[number])
+        turns = priority_queue.put(turns, 0, number, jnp.stack([time.seconds, time.nanos]))
+        return followers.at[slot].set(n), turns
+
+    start = (followers, simulation.turns)
+    turns = lax.while_loop(lambda carry: jnp.any(carry[0] < n), await_next, start)[1]
+    return simulation.replace(turns=turns)

@@ -21,7 +21,11 @@ class Arrival:
     """A request of a trace; `num_samples` sequences that share its prompt.
 
     `content` says what its tokens are: `content[i]` stands for `Trace.tokens_each` of them, so
-    that requests which begin with the same numbers can share pages. Without it nothing is shared.
+    that requests which begin with the same numbers can share pages. Without it nothing is shared,
+    but with the request that this one follows.
+
+    A request that follows another is the next turn of its conversation: it begins with all tokens
+    of that one, answer included, and comes `arrival_s` after that one is done.
     """
 
     arrival_s: float
@@ -29,6 +33,7 @@ class Arrival:
     output_len: int
     content: Sequence[int] = ()
     num_samples: int = 1
+    follows: int | None = None  # the number of an earlier request
 
 
 class Trace(struct.PyTreeNode):
@@ -38,14 +43,18 @@ class Trace(struct.PyTreeNode):
     """
 
     count: jax.Array  # i32[], sequences
-    arrivals: Time  # [n]
+    arrivals: Time  # [n]; of who follows another, from when that is done
     prompt_lens: jax.Array  # i32[n]
     output_lens: jax.Array  # i32[n]
     reserved_lens: jax.Array  # i32[n], tokens that a contiguous allocator reserves
     leaders: jax.Array  # i32[n], the first sequence of the same request
     num_samples: jax.Array  # i32[n], sequences of the same request
+    threads: jax.Array  # i32[n], the first of the conversation; of all others their own number
+    followers: jax.Array  # i32[n], the sequence that follows, `n` for none
+    next_heads: jax.Array  # i32[n + 1], the first sequence from there on that follows none, or `n`
     content: jax.Array  # i32[n, W]; -1 where the tokens are its own
     tokens_each: int = struct.field(pytree_node=False)
+    has_followers: bool = struct.field(pytree_node=False)
 
     @property
     def num_rows(self) -> int:
@@ -68,13 +77,9 @@ def create(
     require(len(requests) > 0, "a trace needs at least one request")
     for number, request in enumerate(requests):
         _check(number, request, config)
+    _check_turns(requests)
     arrival_s = np.array([request.arrival_s for request in requests], np.float64)
-    later = np.flatnonzero(np.diff(arrival_s) < 0)
-    require(
-        len(later) == 0,
-        f"request {later[0] + 1 if len(later) else 0} arrives before the one ahead of it: sort "
-        "the trace by time",
-    )
+    _check_order(requests, arrival_s)
     repeats = np.array([request.num_samples for request in requests])
     firsts = np.cumsum(repeats) - repeats
 
@@ -93,8 +98,11 @@ def create(
     outputs = column([request.output_len for request in requests])
     width = max(1, *(len(request.content) for request in requests))
     content = np.full((len(requests), width), -1, np.int32)
-    for row, request in zip(content, requests, strict=True):
-        row[: len(request.content)] = request.content
+    for number, request in enumerate(requests):
+        content[number, : len(request.content)] = request.content
+        if request.follows is not None:
+            content[number] = content[request.follows]
+    links = _links(requests, firsts, count + padding)
     reserved_lens = allocator.reserve(prompts, prompts + outputs, config.max_seq_len)
     if not allocator.grows:
         _check_reservations(np.asarray(reserved_lens)[:count], config)
@@ -108,7 +116,61 @@ def create(
         num_samples=column(repeats),
         content=column(content),
         tokens_each=tokens_each,
+        has_followers=any(request.follows is not None for request in requests),
+        **{name: jnp.asarray(values, jnp.int32) for name, values in links.items()},
     )
+
+
+def _links(requests: Sequence[Arrival], firsts: np.ndarray, n: int) -> dict[str, np.ndarray]:
+    """Who follows whom, of `n` sequences, of which `firsts` are those that open a request."""
+    threads, followers = np.arange(n), np.full(n, n)
+    is_head = np.ones(n + 1, bool)
+    for first, request in zip(firsts, requests, strict=True):
+        if request.follows is not None:
+            before = firsts[request.follows]
+            followers[before], threads[first], is_head[first] = first, threads[before], False
+    heads = np.where(is_head, np.arange(n + 1), n)
+    return {
+        "threads": threads,
+        "followers": followers,
+        "next_heads": np.minimum.accumulate(heads[::-1])[::-1],
+    }
+
+
+def _check_order(requests: Sequence[Arrival], arrival_s: np.ndarray) -> None:
+    heads = np.array([n for n, request in enumerate(requests) if request.follows is None])
+    later = np.flatnonzero(np.diff(arrival_s[heads]) < 0)
+    require(
+        len(later) == 0,
+        f"request {heads[later[0] + 1] if len(later) else 0} arrives before the one ahead of it: "
+        "sort the trace by time",
+    )
+
+
+def _check_turns(requests: Sequence[Arrival]) -> None:
+    followed = set()
+    for number, request in enumerate(requests):
+        follows = request.follows
+        if follows is None:
+            continue
+        require(
+            follows in range(number) and follows not in followed,
+            f"request {number}: follows={follows} must be the number of an earlier one that no "
+            "other follows",
+        )
+        followed.add(follows)
+        before = requests[follows]
+        require(
+            before.num_samples == request.num_samples == 1 and len(request.content) == 0,
+            f"request {number} follows {follows}: turns of a conversation have one sample each, "
+            "and only the first has content",
+        )
+        known = before.prompt_len + before.output_len
+        require(
+            request.prompt_len > known,
+            f"request {number}: prompt_len={request.prompt_len} must be more than the {known} "
+            f"tokens of request {follows}, with which it begins",
+        )
 
 
 def _check(number: int, request: Arrival, config: EngineConfig) -> None:
@@ -155,6 +217,7 @@ def tokens_of(trace: Trace, number: jax.Array, positions: jax.Array) -> jax.Arra
     each = trace.tokens_each
     known = trace.content.at[number, positions // each].get(mode="fill", fill_value=-1)
     # Below zero in the first quarter of a million sequences, so equal to no content; and at one
-    # position another for each sequence, as pages are compared.
-    own = -2 - (number * 8191 + positions)
+    # position another for each conversation, as pages are compared.
+    thread = trace.threads.at[number].get(mode="fill", fill_value=trace.num_rows)
+    own = -2 - (thread * 8191 + positions)
     return jnp.where(known < 0, own, known * each + positions % each)
