@@ -25,13 +25,15 @@ too, which none of the three can cure.
 """
 
 import json
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
 
 from experiments import common
+from experiments.comparisons import Comparison
 from experiments.talks import Talk, Talks, talk_of
 from jaxpage.checkpoint.load import LoadedModel
 from jaxpage.config import EngineConfig, require
@@ -49,6 +51,7 @@ THINKS_H = 0.5  # before a later turn, on average
 MAX_TOKENS = 512  # of a conversation
 MAX_OUTPUT_TOKENS = 32
 REGIMES = ("none", "whole", "pages")
+WORDS = {"none": "nothing evicted", "whole": "whole sequences leave", "pages": "pages leave"}
 
 
 class Day(NamedTuple):
@@ -216,6 +219,20 @@ def summary(rows: Sequence[dict[str, float]]) -> dict[str, float]:
         "lost_tokens": sum(row["lost_tokens"] for row in rows),
         "moved_pages": sum(row["moved_pages"] for row in rows),
     }
+
+
+def comparison(last: dict[str, Any]) -> list[Comparison]:
+    """The article says that latency doubles, of a memory from which nothing leaves."""
+    return [
+        Comparison(
+            f"{words}: worst hour's latency over the first's",
+            (2.0, math.inf) if regime == "none" else None,
+            last[regime]["worst_over_morning"],
+            "x",
+        )
+        for regime, words in WORDS.items()
+        if last.get(regime, {}).get("worst_over_morning") is not None  # there were turns
+    ]
 
 
 def sentence(regime: str, row: dict[str, float]) -> str:

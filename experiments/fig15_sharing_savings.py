@@ -14,11 +14,13 @@ sequences save more (OPT-13B: samples 6 to 10 %, beams 38 to 55 % on Alpaca). Re
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from absl import flags
 
 from experiments import common
+from experiments.comparisons import Comparison
 from jaxpage.config import require
 from jaxpage.engine.host import Engine
 from jaxpage.engine.request import Request
@@ -27,12 +29,13 @@ from jaxpage.sim.workloads import TextCodec, WorkItem, serving_workload
 FLAGS = flags.FLAGS
 
 WIDTHS = (2, 4, 6)
+NAMES = {"parallel": "samples", "beam": "beams"}
 # The paper's Fig 15 (OPT-13B on Alpaca) and its text (the range on ShareGPT), percent saved.
 PAPER = {
     ("alpaca", "parallel"): {2: 6.09, 4: 8.53, 6: 9.79},
     ("alpaca", "beam"): {2: 37.56, 4: 53.13, 6: 55.16},
-    ("sharegpt", "parallel"): "16.2 to 30.5",
-    ("sharegpt", "beam"): "44.3 to 66.3",
+    ("sharegpt", "parallel"): (16.2, 30.5),
+    ("sharegpt", "beam"): (44.3, 66.3),
 }
 # Deciles of Alpaca's lengths in GPT-2 tokens (the first 5,000 records): instruction with input,
 # and output.
@@ -107,13 +110,12 @@ def measure(
     _, journal = common.serve_all(engine, requests)
     named = sum(record["named_pages"] for record in journal.records)
     held = sum(record["held_pages"] for record in journal.records)
-    paper = PAPER[workload, method]
     return {
         "workload": workload,
         "method": method,
         "sequences": width,
         "saved_percent": 100 * (1 - held / named),
-        "paper_percent": paper[width] if isinstance(paper, dict) else paper,
+        "paper_percent": paper_of(workload, method, width),
         "mean_pages_without_sharing": named / journal.num_steps,
         "mean_pages": held / journal.num_steps,
         "copied_pages": sum(record["num_copied"] for record in journal.records),
@@ -124,11 +126,32 @@ def measure(
     }
 
 
+def paper_of(workload: str, method: str, width: int) -> float | tuple[float, float]:
+    """What the paper prints, or the range that its text gives for all widths."""
+    paper = PAPER[workload, method]
+    return paper[width] if isinstance(paper, dict) else paper
+
+
+def comparison(last: dict[str, Any]) -> list[Comparison]:
+    """The pages that are saved, by workload, method and width."""
+    return [
+        Comparison(
+            f"{row['workload']}, {row['sequences']} {NAMES[row['method']]}: pages saved",
+            paper_of(row["workload"], row["method"], row["sequences"]),
+            row["saved_percent"],
+            "%",
+        )
+        for row in last["rows"]
+    ]
+
+
 def sentence(row: dict) -> str:
     """A row for people."""
+    paper = row["paper_percent"]
+    told = f"{paper[0]} to {paper[1]}" if isinstance(paper, tuple) else paper
     return (
         f"{row['workload']:>8}, {row['method']:>8}, {row['sequences']} sequences: "
-        f"{row['saved_percent']:.1f} % of pages saved (paper: {row['paper_percent']} %)"
+        f"{row['saved_percent']:.1f} % of pages saved (paper: {told} %)"
     )
 
 

@@ -215,9 +215,9 @@ def frames_of(recording: dict[str, Any]) -> Iterator[Frame]:
         yield Frame(rows, frozenset(cached))
 
 
-def owners_of(frame: Frame) -> list[list[int]]:
+def owners_of(frame: Frame, num_pages: int) -> list[list[int]]:
     """The sequences that hold each page, in their order."""
-    owners: list[list[int]] = [[] for _ in range(NUM_PAGES)]
+    owners: list[list[int]] = [[] for _ in range(num_pages)]
     for row in frame.rows.values():
         for page in row.pages:
             owners[page].append(row.sequence)

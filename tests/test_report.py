@@ -1,5 +1,6 @@
 """The report: what it says of results, the runner that makes them, and the page in a browser."""
 
+import itertools
 import json
 import re
 import struct
@@ -17,6 +18,7 @@ from test_plots import write_run
 from experiments import figures, outcomes, plots, recorded_pages, report, report_html
 from experiments.comparisons import Comparison
 from experiments.figure_list import EXPERIMENTS, Experiment
+from experiments.recorded_pages import Frame, Row
 from jaxpage.config import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -34,54 +36,72 @@ SHARES = {"token_states": 21.0, "reservation": 13.3, "internal": 57.3, "external
 FIG02_LAST = LAST | {name: SHARES for name in plots.LABELS} | {"lengths": "turns.csv & more"}
 
 
-@pytest.fixture(scope="module")
-def recorded():
-    """A run by pages, and of each step what the page table itself says."""
-    tables = []
-
-    def on_step(simulation):
-        table = simulation.scheduler.table
-        # Rows without a request are empty, so that it does not matter whose number they get.
-        slots = np.minimum(np.asarray(simulation.scheduler.slots), simulation.numbers.shape[0] - 1)
-        numbers, entries = np.asarray(simulation.numbers)[slots], np.asarray(table.page_indices)
-        tables.append(
-            {
-                "owners": [
-                    sorted(numbers[(entries == page).any(axis=1)].tolist())
-                    for page in range(recorded_pages.NUM_PAGES)
-                ],
-                "ref_counts": np.asarray(table.table.ref_counts).tolist(),
-                "cached": np.flatnonzero(np.asarray(table.is_cached)).tolist(),
-                "num_free": int(table.num_free),
-            }
-        )
-
-    asked = recorded_pages.requests()
-    return recorded_pages.record("paged", asked, on_step), tables
+def seen_in(simulation) -> dict:
+    """What the page table itself says."""
+    table = simulation.scheduler.table
+    # Rows without a request are empty, so that it does not matter whose number they get.
+    slots = np.minimum(np.asarray(simulation.scheduler.slots), simulation.numbers.shape[0] - 1)
+    numbers, entries = np.asarray(simulation.numbers)[slots], np.asarray(table.page_indices)
+    return {
+        "owners": [
+            sorted(numbers[(entries == page).any(axis=1)].tolist())
+            for page in range(table.num_pages)
+        ],
+        "ref_counts": np.asarray(table.table.ref_counts).tolist(),
+        "cached": np.flatnonzero(np.asarray(table.is_cached)).tolist(),
+        "num_free": int(table.num_free),
+    }
 
 
-def test_recorded_owners_are_those_of_the_page_table(recorded):
-    recording, tables = recorded
-    frames = list(recorded_pages.frames_of(json.loads(json.dumps(recording))))
+def test_recorded_owners_are_those_of_the_page_table():
+    tables, asked = [], recorded_pages.requests()
+    recording = recorded_pages.record("paged", asked, lambda now: tables.append(seen_in(now)))
+    text = json.dumps(recording, separators=(",", ":"))
+    assert len(text) < 60_000
+    leaders, most = [row[0] for row in recording["sequences"]], 0
+    frames = list(recorded_pages.frames_of(json.loads(text)))
     assert len(frames) == len(tables) > 100
     for frame, table in zip(frames, tables, strict=True):
-        owners = recorded_pages.owners_of(frame)
+        owners = recorded_pages.owners_of(frame, recording["num_pages"])
         assert owners == table["owners"]
         assert [len(sequences) for sequences in owners] == table["ref_counts"]
         assert sorted(frame.cached) == table["cached"]
         free = [not s and p not in frame.cached for p, s in enumerate(owners)]
         assert sum(free) == table["num_free"]
+        most = max(most, *(len({leaders[s] for s in sequences}) for sequences in owners))
+    # It shows what there is to show: a page of three requests, and all that a step can do.
+    assert most > 2
+    for what in ("waiting", "preempted", "copied", "found"):
+        assert any(step.get(what) for step in recording["steps"]), what
 
 
-def test_the_recorded_run_shows_what_pages_can_do_and_stays_small(recorded):
-    recording, _ = recorded
-    frames = list(recorded_pages.frames_of(recording))
-    assert all(any(step.get(what, 0) for step in recording["steps"]) for what in
-               ("waiting", "preempted", "copied", "found"))  # fmt: skip
-    leaders = [row[0] for row in recording["sequences"]]
-    holders = [{leaders[s] for s in o} for f in frames for o in recorded_pages.owners_of(f)]
-    assert max(map(len, holders)) > 2  # requests that share the system prompt
-    assert len(json.dumps(recording, separators=(",", ":"))) < 60_000
+# A request alone; one of two samples, the first of which copies a page to write to it; and one
+# that finds the first one's page cached.
+FRAMES = (
+    Frame({0: Row(0, 6, (0, 1))}, frozenset()),
+    Frame({0: Row(0, 8, (0, 1)), 1: Row(1, 6, (2, 3)), 2: Row(2, 6, (2, 3))}, frozenset()),
+    Frame({1: Row(1, 7, (2, 4)), 2: Row(2, 7, (2, 3))}, frozenset({0, 1})),
+    Frame({0: Row(3, 5, (0, 5)), 1: Row(1, 8, (2, 4)), 2: Row(2, 8, (2, 3))}, frozenset({1})),
+)
+FIRST_SHOWN, FINAL = 1, 3  # where most is shared, there the map begins
+RECORDING = {
+    "name": "paged",
+    "num_pages": 12,
+    "page_size": 4,
+    # Of each: its request's first, samples, prompt, final and reserved tokens.
+    "sequences": [[0, 1, 6, 9, 9], [1, 2, 6, 9, 9], [1, 2, 6, 9, 9], [3, 1, 5, 6, 6]],
+    "steps": [
+        recorded_pages.change(before, after) | {"end_s": 0.5 * number}
+        for number, (before, after) in enumerate(
+            itertools.pairwise((Frame({}, frozenset()), *FRAMES)), start=1
+        )
+    ],
+}
+
+
+def test_a_recording_gives_back_the_frames_of_which_it_is_made():
+    assert tuple(recorded_pages.frames_of(json.loads(json.dumps(RECORDING)))) == FRAMES
+    assert recorded_pages.owners_of(FRAMES[1], 12)[:5] == [[0], [0], [1, 2], [1, 2], []]
 
 
 def png() -> bytes:
@@ -112,7 +132,7 @@ def write_result(results: Path, name: str, last: dict | None, **run: str | None)
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory, recorded) -> Path:
+def page(tmp_path_factory) -> Path:
     """Of one figure that is there, one that failed, one that was not run, and the map."""
     folder = tmp_path_factory.mktemp("report")
     results = folder / "figures"
@@ -120,8 +140,8 @@ def page(tmp_path_factory, recorded) -> Path:
     failed = write_result(results, THROUGHPUT.name, None, error="error: --kv_tokens=<4> is short")
     (failed / "log.txt").write_text("Traceback\nConfigError: --kv_tokens=<4> is short\n")
     maps = write_result(results, MAP.name, LAST | {"finish_s": {}})
-    (maps / recorded_pages.FILE).write_text(json.dumps([recorded[0]]))
-    write_run(folder / "demo" / "max", "max", [[0, 0, 1, 3], [0, 0, 1, 1]], [(3, 3), (4, 2)])
+    (maps / recorded_pages.FILE).write_text(json.dumps([RECORDING]))
+    write_run(folder / "demo" / "max", "max", [[0, 0, 1, 4]] * 2, [(3, 3), (4, 2)])
     experiments = (MAP, FIG02, THROUGHPUT, FIG13)
     return report.write(experiments, results, folder / "page" / "index.html", folder / "demo")
 
@@ -225,10 +245,7 @@ def test_every_experiment_is_a_script_with_comparisons_or_a_recording():
     names = [each.name for each in EXPERIMENTS]
     assert len(set(names)) == len(names)
     for each in EXPERIMENTS:
-        path = ROOT / "experiments" / f"{each.name}.py"
-        if not path.is_file():
-            pytest.skip(f"{each.name} is not written yet")
-        source = path.read_text()
+        source = (ROOT / "experiments" / f"{each.name}.py").read_text()
         assert ('"quick"' in source) == ("quick" in each.takes), each.name
         assert ('"out"' in source) == (each.out != "none"), each.name
         if each.is_simulated and each.name != MAP.name:
@@ -340,55 +357,69 @@ def shown(window) -> tuple[int, list[str]]:
 
 
 @WITH_BROWSER
-def test_a_page_shows_its_owners_to_mouse_finger_and_keyboard(window, page, recorded):
-    recording = recorded[0]
-    frames = list(recorded_pages.frames_of(recording))
+def test_a_page_shows_its_owners_to_mouse_finger_and_keyboard(window, page):
     window.open(page, 1280)
+    side = window.run("document.getElementById('map-canvas').clientWidth") / 24  # pages in a row
     assert "choose it with the arrow keys" in window.text("#map-details")
-    window.mouse("#map-canvas", 20, 20)
-    step, (title, *names) = shown(window)
-    holders = recorded_pages.owners_of(frames[step])[0]
-    assert title == f"Page 0 is shared by {len(holders)} sequences."
-    assert sorted(name.split(":")[0] for name in names) == sorted(names_of(recording, holders))
-    window.press("#map-canvas", "ArrowRight")
-    assert shown(window)[1][0].startswith("Page 1 ")
-    window.press("#map-canvas", ".")
-    assert shown(window)[0] == step + 1
-    window.mouse("#map-canvas", 20, -30)
+    window.mouse("#map-canvas", 3.5 * side, 0.5 * side)
+    assert shown(window) == (
+        FIRST_SHOWN,
+        [
+            "Page 3 is shared by 2 sequences.",
+            *(
+                f"request 2, sample {number} of 2: its tokens 4 to 7, 2 of 4 written, "
+                "2 reserved and used later"
+                for number in (1, 2)
+            ),
+        ],
+    )
+    for _ in range(FINAL - FIRST_SHOWN):
+        window.click("#map-on")
+    window.mouse("#map-canvas", 5.5 * side, 0.5 * side)
+    assert shown(window)[1] == [
+        "Page 5 is held by one sequence.",
+        "request 3: its tokens 4 to 7, 1 of 4 written, 1 reserved and used later, "
+        "2 reserved and never used",
+    ]
+    window.mouse("#map-canvas", side, -20)
+    assert "choose it with the arrow keys" in window.text("#map-details")
+    for key, words in (
+        ("ArrowRight", "Page 1 is cached: nobody holds it"),
+        ("ArrowLeft", "Page 0 is held by one sequence.\nrequest 3: its tokens 0 to 3"),
+        (",", "Page 0 is cached: nobody holds it"),
+        (",", "Page 0 is held by one sequence.\nrequest 1: its tokens 0 to 3"),
+    ):
+        window.press("#map-canvas", key)
+        assert window.text("#map-details").startswith(words)
+    assert shown(window)[0] == FINAL - 2
     window.open(page, 360)
-    window.tap("#map-canvas", 20, 20)
-    assert shown(window)[1][0].startswith("Page 0 ")
+    side = window.run("document.getElementById('map-canvas').clientWidth") / 8
+    window.tap("#map-canvas", 1.5 * side, 0.5 * side)
+    assert "Page 1 is held by one sequence.\nrequest 1: its" in window.text("#map-details")
+    window.tap("#map-canvas", 0.5 * side, 1.5 * side)
+    assert window.text("#map-details") == "Page 8 is free."
     assert window.complaints() == []
 
 
-def names_of(recording: dict, sequences: list[int]) -> list[str]:
-    leaders = sorted({row[0] for row in recording["sequences"]})
-    names = []
-    for sequence in sequences:
-        leader, samples = recording["sequences"][sequence][:2]
-        sample = f", sample {sequence - leader + 1} of {samples}" if samples > 1 else ""
-        names.append(f"request {leaders.index(leader) + 1}{sample}")
-    return names
-
-
 @WITH_BROWSER
-def test_the_map_steps_plays_and_shows_other_runs(window, page, recorded):
-    last = len(recorded[0]["steps"])
+def test_the_map_steps_plays_and_shows_other_runs(window, page):
     window.open(page, 1280)
-    start, _ = shown(window)
+    assert window.text("#map-counts") == (
+        "3 sequences running, 0 waiting. 4 pages held, 2 of them shared, 0 cached, 8 free."
+    )
     window.press("#map-step", "ArrowRight")
-    assert shown(window)[0] == start + 1
+    assert window.text("#map-now") == "3 of 4, 1.50 s"
     window.click("#map-back")
-    assert shown(window)[0] == start
-    window.run("const s = document.getElementById('map-step'); s.value = s.max; "
-               "s.dispatchEvent(new Event('input'))")  # fmt: skip
-    assert window.text("#map-now").startswith(f"{last} of {last},")
+    assert shown(window)[0] == FIRST_SHOWN
+    for _ in range(FINAL - FIRST_SHOWN):
+        window.click("#map-on")
+    assert window.text("#map-now") == "4 of 4, 2.00 s"
     window.click("#map-play")
-    assert window.text("#map-play") == "Pause"
+    assert (window.text("#map-play"), shown(window)[0] < FINAL) == ("Pause", True)  # anew
     window.click("#map-play")
     assert window.text("#map-play") == "Play"
-    assert shown(window)[0] < last - 1  # it began anew
     window.run("document.querySelectorAll('#map-runs input')[1].click()")
+    assert window.text("#map-counts").startswith("4 pages held, 1 of them shared")
     window.mouse("#map-canvas", 5, 5)
     assert window.text("#map-details") == "Page 0 is held by one sequence.\nrequest 1"
     assert window.complaints() == []

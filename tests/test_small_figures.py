@@ -10,6 +10,7 @@ from test_experiments import run_script
 from experiments import (
     claim_fragmentation,
     claim_kv_size,
+    claim_lunch,
     claim_throughput,
     claim_when,
     fig01_memory_layout,
@@ -17,6 +18,7 @@ from experiments import (
     fig11_lengths,
     fig12_single_sequence,
     fig13_batched_requests,
+    fig15_sharing_savings,
     fig18_ablation,
 )
 from experiments.paper_setups import SETUPS, Setup
@@ -206,6 +208,23 @@ LASTS = [
         {name: {"16": 0.05, "8": 0.06, "256": 0.1} for name in ("sharegpt", "alpaca")},
         ("sharegpt: page size of the least latency", (16.0, 128.0), 16),
         4,
+    ),
+    (
+        fig15_sharing_savings,
+        {
+            "rows": [
+                {"workload": "alpaca", "method": "beam", "sequences": 4, "saved_percent": 57.8},
+                {"workload": "sharegpt", "method": "beam", "sequences": 4, "saved_percent": 60.2},
+            ]
+        },
+        ("alpaca, 4 beams: pages saved", 53.13, 57.8),
+        2,
+    ),
+    (
+        claim_lunch,
+        {name: {"worst_over_morning": 15.8} for name in ("none", "pages")},
+        ("nothing evicted: worst hour's latency over the first's", (2.0, np.inf), 15.8),
+        2,
     ),
     (
         claim_throughput,

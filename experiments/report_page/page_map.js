@@ -331,7 +331,7 @@
     state.run = load(recordings[index]);
     state.page = null;
     slider.max = state.run.frames.length - 1;
-    // The same moment under another rule; at first, and where that run is over, when most is held.
+    // The same moment under another rule; at first, and where that run is over, when most is shared.
     const later = state.run.steps.findIndex((step) => step.end_s >= end_s);
     const held = state.run.counts.map((counts) => counts.several * 1e3 + counts.held);
     go(later >= 0 ? later : held.indexOf(Math.max(...held)));
