@@ -28,11 +28,12 @@ from matplotlib.figure import Figure
 from experiments import common, paper_setups
 from experiments.paper_setups import SETUPS
 from experiments.plots import LABELS, RUN_COLOURS, STYLE
+from experiments.rate_search import draw_latencies, sustained
 from jaxpage.config import require
 from jaxpage.sim import arrivals
 from jaxpage.sim import lengths as length_sets
-from jaxpage.sim.capacity import capacity
 from jaxpage.sim.lengths import Lengths
+from jaxpage.sim.runs import Run
 
 FLAGS = flags.FLAGS
 
@@ -110,9 +111,8 @@ def search(model: str, dataset: str, system: str, lengths: Lengths) -> dict[str,
     chosen = lengths.take(rng.choice(len(lengths.prompts), num))
     # The same users at every rate, in faster or slower time.
     times_s = arrivals.poisson(rng, num, 1.0)
-    points = []
 
-    def latency_s(rate: float) -> float:
+    def serve(rate: float) -> Run:
         run, _ = SETUPS[model].run(
             "max" if system == "static" else system,
             length_sets.requests_of(chosen, times_s / rate),
@@ -120,13 +120,9 @@ def search(model: str, dataset: str, system: str, lengths: Lengths) -> dict[str,
             static_batches=system == "static",
             overhead_s=FLAGS.overhead_s,
         )
-        latency = float(np.mean(run.timeline.normalized_latency_s))
-        batch = float(np.mean(run.steps["num_running"]))
-        points.append({"rate": rate, "normalized_latency_s": latency, "batched": batch})
-        return latency
+        return run
 
-    rate = capacity(latency_s, FLAGS.limit_s, STARTS[model, dataset])
-    return {"rate": rate, "points": sorted(points, key=lambda point: point["rate"])}
+    return sustained(serve, FLAGS.limit_s, STARTS[model, dataset])
 
 
 def nested(found: Mapping, panels: list[tuple[str, str]]) -> dict[str, dict[str, float]]:
@@ -155,17 +151,10 @@ def draw(found: Mapping, panels: list[tuple[str, str]], path: Path) -> None:
         )
         grid = figure.subplots(-(-len(panels) // columns), columns, squeeze=False)
         for axes, panel in zip(grid.flat, panels, strict=True):
-            for system in SYSTEMS:
-                points = found[*panel, system]["points"]
-                rates = [point["rate"] for point in points]
-                latencies = [point["normalized_latency_s"] for point in points]
-                axes.plot(rates, latencies, "o-", ms=3, color=colours[system], label=labels[system])
-            axes.axhline(FLAGS.limit_s, color="#b9bec4", lw=0.8)
-            axes.set_ylim(0, 2 * FLAGS.limit_s)
+            points = {system: found[*panel, system]["points"] for system in SYSTEMS}
+            draw_latencies(axes, points, FLAGS.limit_s, colours, labels)
             axes.set_xlim(0, 1.15 * found[*panel, "paged"]["rate"])
             axes.set_title(", ".join(panel))
-            axes.set_xlabel("requests/s")
-            axes.set_ylabel("normalized latency, s/token")
         grid.flat[0].legend(frameon=False, fontsize=10)
         figure.savefig(path)
 

@@ -53,6 +53,7 @@ class Setup:
         page_size: int = PAGE_SIZE,
         headroom_pages: int = 1,
         preemption: str = "recompute",
+        max_beams: int = 1,
     ) -> EngineConfig:
         """An engine with this memory; a step computes up to 2,560 tokens, vLLM's limit then.
 
@@ -69,6 +70,7 @@ class Setup:
             token_buckets=(2560,),
             headroom_pages=headroom_pages * ALLOCATORS[allocator].grows,
             preemption=preemption,
+            max_beams=max_beams,
             host_pages=0 if preemption == "recompute" else num_pages,
             static_batches=static_batches,
             log_steps=2048,
@@ -79,6 +81,7 @@ class Setup:
         overhead_s: float = 0.0,
         page_size: int = PAGE_SIZE,
         efficiencies: dict[str, Efficiency] | None = None,
+        copied_share: float = 0.0,
     ) -> CostModel:
         """With the efficiencies that A100s measured, where no others are given."""
         return cost_model.create(
@@ -88,6 +91,7 @@ class Setup:
             page_size=page_size,
             overhead_s=overhead_s,
             efficiencies=efficiencies,
+            copied_share=copied_share,
         )
 
     def run(
@@ -97,12 +101,13 @@ class Setup:
         *,
         overhead_s: float = 0.0,
         efficiencies: dict[str, Efficiency] | None = None,
+        copied_share: float = 0.0,
         until_s: float = np.inf,
         **engine: Any,
     ) -> tuple[Run, EngineConfig]:
         """Simulates them, first come, first served; `engine` is what `config` takes."""
         config = self.config(allocator, **engine)
-        cost = self.cost(overhead_s, config.page_size, efficiencies)
+        cost = self.cost(overhead_s, config.page_size, efficiencies, copied_share)
         memory = ALLOCATORS[allocator]
         run = runs.run(requests, cost, config, memory, POLICIES["fcfs"], until_s=until_s)
         return run, config

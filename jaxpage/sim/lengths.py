@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -118,7 +118,10 @@ def drawn(
     return Lengths(lengths(mean_prompt), lengths(mean_output))
 
 
-def requests_of(lengths: Lengths, arrival_s: np.ndarray, num_samples: int = 1) -> list[Arrival]:
+def requests_of(
+    lengths: Lengths, arrival_s: np.ndarray, num_samples: int = 1, num_beams: int = 1
+) -> list[Arrival]:
     """A request for each, in order."""
     columns = (arrival_s.tolist(), lengths.prompts.tolist(), lengths.outputs.tolist())
-    return [Arrival(*each, num_samples=num_samples) for each in zip(*columns, strict=True)]
+    several: dict[str, Any] = {"num_samples": num_samples, "num_beams": num_beams}
+    return [Arrival(*each, **several) for each in zip(*columns, strict=True)]

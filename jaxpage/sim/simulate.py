@@ -17,10 +17,20 @@ from jaxpage.paging.allocator import Allocator
 from jaxpage.scheduling import state as scheduler_state
 from jaxpage.scheduling.accounting import record_step
 from jaxpage.scheduling.batch import of_slots
+from jaxpage.scheduling.beams import num_candidates
 from jaxpage.scheduling.policies import PolicyFn
-from jaxpage.scheduling.state import DONE, FREE, Requests, SchedulerState, greedy, request_row
+from jaxpage.scheduling.state import (
+    DONE,
+    FREE,
+    PATIENT,
+    Beams,
+    Requests,
+    SchedulerState,
+    greedy,
+    request_row,
+)
 from jaxpage.scheduling.step import Outcome, Plan, commit_step, plan_step
-from jaxpage.sim import clock, decode_runs, step_log
+from jaxpage.sim import branching, clock, decode_runs, step_log
 from jaxpage.sim import trace as traces
 from jaxpage.sim.clock import Time
 from jaxpage.sim.cost_model import CostModel, load_of, step_seconds
@@ -125,12 +135,12 @@ def simulate_step(
     """
     if not singly and decode_runs.can_run(config, allocator):
         simulation = _run_ahead(simulation, trace, cost, config, allocator)
-    simulation = arrive(_wait_if_idle(simulation, trace), trace)
+    simulation = arrive(_wait_if_idle(simulation, trace), trace, config, allocator)
     scheduler, plan = plan_step(simulation.scheduler, config, allocator, policy)
     seconds = step_seconds(cost, _load(plan))
     now = clock.after(simulation.now, seconds)
     log = step_log.write(simulation.log, Step(record_step(scheduler, plan), seconds, now))
-    outcome = _outcome(trace, simulation.numbers, scheduler.requests, plan)
+    outcome = _outcome(trace, simulation.numbers, scheduler.requests, plan, config)
     planned = scheduler
     scheduler = commit_step(scheduler, plan, outcome, allocator, eos_ids=())
     simulation = simulation.replace(
@@ -141,13 +151,15 @@ def simulate_step(
         is_steady=decode_runs.is_steady(planned, plan, scheduler),
         num_idle=jnp.where(seconds > 0, 0, simulation.num_idle + 1),
     )
-    return _note(simulation, plan)
+    return _note(simulation, plan, config)
 
 
-def arrive(simulation: Simulation, trace: Trace) -> Simulation:
+def arrive(
+    simulation: Simulation, trace: Trace, config: EngineConfig, allocator: Allocator
+) -> Simulation:
     """Gives rows to the sequences that are due, those of one request at once or not at all.
 
-    Who finds no row waits outside, in order.
+    Who finds no row waits outside, in order. A beam has a second row, for what its search keeps.
     """
 
     def submit_next(simulation: Simulation) -> Simulation:
@@ -157,7 +169,10 @@ def arrive(simulation: Simulation, trace: Trace) -> Simulation:
         of_leader = jnp.argmax(simulation.numbers == leader).astype(jnp.int32)
         prompt, output = trace.prompt_lens[number], trace.output_lens[number]
         positions = jnp.arange(scheduler.requests.tokens.shape[1], dtype=jnp.int32)
-        request = request_row(
+        # Where nothing can be shared each is a request of its own, as for the engine's host.
+        shares = (leader != number) & (allocator.share is not None)
+        new_row = partial(
+            request_row,
             jnp.where(positions < prompt, traces.tokens_of(trace, leader, positions), 0),
             prompt,
             final_len=prompt + output,
@@ -165,17 +180,30 @@ def arrive(simulation: Simulation, trace: Trace) -> Simulation:
             arrival=leader,
             ignore_eos=True,
             sampling=greedy(),
-            group=jnp.where(leader == number, row, of_leader),
+            group=jnp.where(shares, of_leader, row),
         )
-        return simulation.replace(
-            scheduler=scheduler_state.submit(scheduler, row, request),
-            num_arrived=number + 1,
-            numbers=simulation.numbers.at[row].set(number),
-        )
+        numbers = simulation.numbers.at[row].set(number)
+        if config.max_beams == 1:
+            scheduler = scheduler_state.submit(scheduler, row, new_row())
+        else:
+            width = trace.widths[number]
+            request = new_row(beams=_beams(width, 0.0))
+            scheduler = scheduler_state.submit(scheduler, row, request)
+            free = jnp.argmax(scheduler.requests.phases == FREE).astype(jnp.int32)
+            free = jnp.where(width > 0, free, numbers.shape[0])
+            kept = new_row(beams=_beams(width, -jnp.inf), held=True)
+            scheduler = scheduler_state.submit(scheduler, free, kept)
+            numbers = numbers.at[free].set(trace.num_rows, mode="drop")
+        return simulation.replace(scheduler=scheduler, num_arrived=number + 1, numbers=numbers)
 
     return lax.while_loop(
         lambda simulation: _arrives(simulation, trace, simulation.now), submit_next, simulation
     )
+
+
+def _beams(width: jax.Array, score: float) -> Beams:
+    """Of a row: of a live beam, or with a score that any other betters, kept."""
+    return Beams(width, jnp.float32(score), jnp.float32(1), jnp.int32(PATIENT))
 
 
 def _arrives(simulation: Simulation, trace: Trace, now: Time) -> jax.Array:
@@ -183,7 +211,8 @@ def _arrives(simulation: Simulation, trace: Trace, now: Time) -> jax.Array:
     number = jnp.minimum(simulation.num_arrived, trace.num_rows - 1)
     num_free = jnp.sum(simulation.scheduler.requests.phases == FREE, dtype=jnp.int32)
     is_leader = trace.leaders[number] == number
-    has_rows = num_free >= jnp.where(is_leader, trace.num_samples[number], 1)
+    rows = trace.num_samples[number] + trace.widths[number]
+    has_rows = num_free >= jnp.where(is_leader, rows, 1)
     is_due = clock.is_due(trace.arrivals[number], now)
     return (simulation.num_arrived < trace.count) & is_due & has_rows
 
@@ -223,17 +252,36 @@ def _load(plan: Plan):
     return load_of(plan.counts, plan.lengths, plan.samples, moved, plan.copies.count)
 
 
-def _outcome(trace: Trace, numbers: jax.Array, requests: Requests, plan: Plan) -> Outcome:
-    """Tokens as the trace has them, so that who goes on from an answer finds it cached."""
+def _outcome(
+    trace: Trace, numbers: jax.Array, requests: Requests, plan: Plan, config: EngineConfig
+) -> Outcome:
+    """Tokens as the trace has them, so that who goes on from an answer finds it cached.
+
+    Those that may follow a beam are drawn.
+    """
     number = numbers.at[plan.requests].get(mode="fill", fill_value=trace.num_rows)
-    return Outcome(
-        tokens=traces.tokens_of(trace, number, of_slots(requests.num_tokens, plan.requests)),
+    position = of_slots(requests.num_tokens, plan.requests)
+    outcome = Outcome(
+        tokens=traces.tokens_of(trace, number, position),
         logprobs=jnp.zeros(plan.requests.shape, jnp.float32),
         failed=jnp.zeros(plan.requests.shape, jnp.bool_),
     )
+    count = num_candidates(config.max_beams, eos_ids=())
+    if count == 0:
+        return outcome
+    searches = plan.samples & (of_slots(requests.beams.widths, plan.requests) > 0)
+    last = requests.tokens.at[plan.requests, position - 1].get(mode="fill", fill_value=0)
+    leader = trace.leaders.at[number].get(mode="fill", fill_value=0)
+    nothing = branching.nothing(position.shape[0], count)
+    candidates = lax.cond(
+        jnp.any(searches),
+        lambda: branching.candidates(trace.branching, leader, position, last, count),
+        lambda: nothing,
+    )
+    return outcome._replace(candidates=candidates)
 
 
-def _note(simulation: Simulation, plan: Plan) -> Simulation:
+def _note(simulation: Simulation, plan: Plan, config: EngineConfig) -> Simulation:
     """Notes who has a first token and who is done, and frees the rows of these."""
     scheduler, served, now = simulation.scheduler, simulation.served, simulation.now
     requests, rows = scheduler.requests, plan.requests
@@ -256,8 +304,12 @@ def _note(simulation: Simulation, plan: Plan) -> Simulation:
             of_slots(requests.cached_lens, rows), mode="drop"
         ),
     )
-    gone = jnp.where(is_done, rows, requests.phases.shape[0])
-    requests = requests.replace(phases=requests.phases.at[gone].set(FREE, mode="drop"))
+    if config.max_beams > 1:  # what a search kept was in no slot
+        phases = jnp.where(requests.phases == DONE, FREE, requests.phases)
+    else:
+        gone = jnp.where(is_done, rows, requests.phases.shape[0])
+        phases = requests.phases.at[gone].set(FREE, mode="drop")
+    requests = requests.replace(phases=phases)
     return simulation.replace(
         scheduler=scheduler.replace(requests=requests),
         served=served,

@@ -13,15 +13,18 @@ from jaxpage.paging import contiguous
 from jaxpage.paging.allocator import Allocator
 from jaxpage.paging.page_table import num_pages_for
 from jaxpage.sim import clock
+from jaxpage.sim.branching import MEASURED, Branching
 from jaxpage.sim.clock import Time
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request of a trace; `num_samples` sequences that share its prompt.
+    """A request of a trace: `num_samples` sequences, or the `num_beams` of a beam search.
 
+    They share its prompt where the allocator can share.
     `content` says what its tokens are: `content[i]` stands for `Trace.tokens_each` of them, so
     that requests which begin with the same numbers can share pages. Without it nothing is shared.
+    What a search answers is no part of it: that comes of the trace's `branching`.
     """
 
     arrival_s: float
@@ -29,6 +32,12 @@ class Arrival:
     output_len: int
     content: Sequence[int] = ()
     num_samples: int = 1
+    num_beams: int = 1  # from 2 on
+
+    @property
+    def num_sequences(self) -> int:
+        """That run at once."""
+        return max(self.num_samples, self.num_beams)
 
 
 class Trace(struct.PyTreeNode):
@@ -44,7 +53,9 @@ class Trace(struct.PyTreeNode):
     reserved_lens: jax.Array  # i32[n], tokens that a contiguous allocator reserves
     leaders: jax.Array  # i32[n], the first sequence of the same request
     num_samples: jax.Array  # i32[n], sequences of the same request
+    widths: jax.Array  # i32[n], beams of its request; 0 where none are searched
     content: jax.Array  # i32[n, W]; -1 where the tokens are its own
+    branching: Branching  # what may follow a beam
     tokens_each: int = struct.field(pytree_node=False)
 
     @property
@@ -58,16 +69,19 @@ def create(
     allocator: Allocator,
     *,
     tokens_each: int = 1,
+    branching: Branching | None = None,
 ) -> Trace:
-    """A trace for an engine of that configuration.
+    """A trace for an engine of that configuration; beams branch as measured, if not told else.
 
     Raises:
       ConfigError: times are unsorted or negative, a length is not positive, or a request can never
-        be served: it is longer than a slot, or needs more pages, rows or slots than there are.
+        be served: it is longer than a slot, or needs more pages, rows, slots or beams than there
+        are.
     """
     require(len(requests) > 0, "a trace needs at least one request")
     for number, request in enumerate(requests):
         _check(number, request, config)
+        _check_sequences(number, request, config)
     arrival_s = np.array([request.arrival_s for request in requests], np.float64)
     later = np.flatnonzero(np.diff(arrival_s) < 0)
     require(
@@ -75,7 +89,8 @@ def create(
         f"request {later[0] + 1 if len(later) else 0} arrives before the one ahead of it: sort "
         "the trace by time",
     )
-    repeats = np.array([request.num_samples for request in requests])
+    repeats = np.array([request.num_sequences for request in requests])
+    widths = [request.num_beams if request.num_beams > 1 else 0 for request in requests]
     firsts = np.cumsum(repeats) - repeats
 
     count = int(np.sum(repeats))
@@ -106,13 +121,15 @@ def create(
         reserved_lens=reserved_lens,
         leaders=column(firsts),
         num_samples=column(repeats),
+        widths=column(widths),
         content=column(content),
+        branching=jax.tree.map(jnp.float32, branching or MEASURED),
         tokens_each=tokens_each,
     )
 
 
 def _check(number: int, request: Arrival, config: EngineConfig) -> None:
-    for name in ("prompt_len", "output_len", "num_samples"):
+    for name in ("prompt_len", "output_len", "num_samples", "num_beams"):
         value = getattr(request, name)
         require(value > 0, f"request {number}: {name}={value} must be positive")
     total = request.prompt_len + request.output_len
@@ -124,15 +141,33 @@ def _check(number: int, request: Arrival, config: EngineConfig) -> None:
     # The last output token is never computed, and samples share the full pages of their prompt.
     pages = num_pages_for(total - 1, config.page_size)
     own = pages - request.prompt_len // config.page_size
-    needed = pages + (request.num_samples - 1) * own
+    needed = pages + (request.num_sequences - 1) * own
     require(
         needed <= config.num_pages,
         f"request {number} can need {needed} pages of the {config.num_pages} that there are",
     )
+
+
+def _check_sequences(number: int, request: Arrival, config: EngineConfig) -> None:
+    samples, beams = request.num_samples, request.num_beams
     limit = min(config.num_slots, config.num_requests)
     require(
-        request.num_samples <= limit,
-        f"request {number}: {request.num_samples} sequences are more than the {limit} that can run",
+        request.num_sequences <= limit,
+        f"request {number}: {request.num_sequences} sequences are more than the {limit} that can "
+        "run",
+    )
+    if beams == 1:
+        return
+    require(
+        samples == 1,
+        f"request {number}: num_samples={samples} and num_beams={beams}: a search draws no samples",
+    )
+    # What a search keeps has rows beside those of its beams.
+    limit = min(config.max_beams, config.num_requests // 2)
+    require(
+        beams <= limit,
+        f"request {number}: num_beams={beams} must be up to {limit}, the least of max_beams and "
+        "half of num_requests: raise them",
     )
 
 
