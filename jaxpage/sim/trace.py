@@ -80,7 +80,7 @@ def create(
     """
     require(len(requests) > 0, "a trace needs at least one request")
     for number, request in enumerate(requests):
-        _check(number, request, config)
+        _check(number, request, config, shares=allocator.share is not None)
         _check_sequences(number, request, config)
     arrival_s = np.array([request.arrival_s for request in requests], np.float64)
     later = np.flatnonzero(np.diff(arrival_s) < 0)
@@ -128,7 +128,7 @@ def create(
     )
 
 
-def _check(number: int, request: Arrival, config: EngineConfig) -> None:
+def _check(number: int, request: Arrival, config: EngineConfig, shares: bool) -> None:
     for name in ("prompt_len", "output_len", "num_samples", "num_beams"):
         value = getattr(request, name)
         require(value > 0, f"request {number}: {name}={value} must be positive")
@@ -138,10 +138,11 @@ def _check(number: int, request: Arrival, config: EngineConfig) -> None:
         f"request {number}: {request.prompt_len} + {request.output_len} tokens are more than the "
         f"{config.max_seq_len} of a slot: raise pages_per_slot={config.pages_per_slot}",
     )
-    # The last output token is never computed, and samples share the full pages of their prompt.
+    # The last output token is never computed, and sequences share the full pages of their prompt,
+    # or need not run at once.
     pages = num_pages_for(total - 1, config.page_size)
     own = pages - request.prompt_len // config.page_size
-    needed = pages + (request.num_sequences - 1) * own
+    needed = pages + ((request.num_sequences - 1) * own if shares else 0)
     require(
         needed <= config.num_pages,
         f"request {number} can need {needed} pages of the {config.num_pages} that there are",
