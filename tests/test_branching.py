@@ -23,7 +23,7 @@ from jaxpage.sim.simulate import Simulation
 from jaxpage.sim.trace import Arrival, Trace
 
 PAGED = ALLOCATORS["paged"]
-SEARCHING = replace(CONFIG, num_slots=6, num_requests=20, num_pages=48, max_beams=3, log_steps=1)
+SEARCHING = replace(CONFIG, num_slots=6, num_requests=20, num_pages=13, max_beams=3, log_steps=1)
 COST = cost_model.create(SHAPES["opt-13b"], DEVICES["a100-40gb"], page_size=CONFIG.page_size)
 SEARCHES = [Arrival(0.0, 9, 7, num_beams=3), Arrival(0.0, 5, 9, num_beams=2), Arrival(0.0, 4, 8)]
 candidates = jax.jit(branching.candidates, static_argnames="count")
@@ -66,12 +66,10 @@ def plain_search(number: int, prompt_last: int, request: Arrival) -> list[tuple[
     return beams
 
 
-@pytest.mark.parametrize("num_pages", [48, 13])
-def test_searches_end_at_their_length_with_the_best_of_plain_python(num_pages):
-    """With room, and where pages run out and searches are preempted: the same sequences."""
-    config = replace(SEARCHING, num_pages=num_pages)
+def test_searches_end_at_their_length_with_the_best_of_plain_python():
+    """Although pages run out and searches are preempted."""
     broken, shared, beams_known, preempted = [], 0, [], 0
-    for simulation in steps(SEARCHES, config):
+    for simulation in steps(SEARCHES, SEARCHING):
         scheduler = simulation.scheduler
         broken.append(int(jnp.sum(PAGED.violations(scheduler.table))))
         shared += column(simulation, "named_pages") > column(simulation, "held_pages")
@@ -80,8 +78,8 @@ def test_searches_end_at_their_length_with_the_best_of_plain_python(num_pages):
         beams_known.append(len(set(of_first.tolist())))
     assert set(broken) == {0} and shared > 5
     assert set(beams_known) == {1}  # its beams are always of one length
-    assert (preempted > 0) == (num_pages == 13)
-    assert int(scheduler.table.num_free) == num_pages
+    assert preempted > 0
+    assert int(scheduler.table.num_free) == SEARCHING.num_pages
     assert bool(jnp.all(scheduler.requests.phases == FREE))
     assert not np.isnan(clock.to_seconds(simulation.served.finishes)[:6]).any()
     held = jax.tree.map(np.asarray, scheduler.requests)
@@ -100,21 +98,21 @@ def test_searches_end_at_their_length_with_the_best_of_plain_python(num_pages):
 def test_a_trace_without_beams_is_served_alike_whether_there_could_be_some():
     requests = [Arrival(0.02 * i, 5 + i, 9, num_samples=1 + i % 3) for i in range(4)]
     served = []
-    for config in (replace(SEARCHING, num_pages=13, max_beams=n) for n in (3, 1)):
+    for config in (SEARCHING, replace(SEARCHING, max_beams=1)):
         *_, last = steps(requests, config)
         served.append(last.served)
         assert int(last.served.num_preemptions.sum()) > 0
     jax.tree.map(np.testing.assert_array_equal, *served)
 
 
-def test_samples_that_cannot_share_run_side_by_side_and_compute_their_own_prompts():
-    config = replace(SEARCHING, max_beams=1, log_steps=64)
-    oracle = ALLOCATORS["oracle"]
-    *_, last = steps([Arrival(0.0, 5, 4, num_samples=4)], config, oracle)
-    count = int(last.log.count)
-    tokens = np.asarray(last.log.steps.record.num_tokens)[:count]
-    assert np.asarray(last.log.steps.record.num_running)[:count].max() == 4
-    assert tokens.sum() == 4 * (5 + 3)
+@pytest.mark.parametrize(("allocator", "groups"), [("paged", [0, 0, 0, 3]), ("oracle", range(4))])
+def test_samples_are_one_group_only_where_they_can_share(allocator, groups):
+    """A follower waits for the prompt of its leader, which contiguous memory cannot give it."""
+    config, memory = replace(SEARCHING, max_beams=1, num_pages=16), ALLOCATORS[allocator]
+    requests = [Arrival(0.0, 5, 4, num_samples=3), Arrival(0.0, 5, 4)]
+    trace, simulation = start(requests, config, memory)
+    arrived = simulate.arrive(simulation, trace, config, memory)
+    assert np.asarray(arrived.scheduler.requests.groups)[:4].tolist() == list(groups)
 
 
 def seen_of(law: branching.Branching, num_searches: int, width: int) -> Seen:
