@@ -25,8 +25,6 @@ from matplotlib.figure import Figure
 from experiments import common, paper_setups
 from experiments.comparisons import Comparison
 from experiments.plots import INK, LABELS, RUN_COLOURS, STYLE
-from jaxpage.sim import arrivals
-from jaxpage.sim import lengths as length_sets
 from jaxpage.sim.trace import Arrival
 
 FLAGS = flags.FLAGS
@@ -56,7 +54,9 @@ def main(_: list[str]) -> None:
     sources = {}
     with (out / "fig13.jsonl").open("w") as file:
         for dataset in PAPER:
-            requests, sources[dataset] = make_requests(dataset, span_s)
+            rate = RATES[dataset]
+            num = max(round(rate * span_s), 1)
+            requests, sources[dataset] = paper_setups.poisson_requests(dataset, num, rate)
             batches[dataset], overheads[dataset] = {}, {}
             for allocator in LABELS:
                 found = measure(allocator, requests)
@@ -80,15 +80,6 @@ def main(_: list[str]) -> None:
     common.print_last_line(
         batches | {"overheads_s": overheads, "lengths": sources, **common.provenance()}
     )
-
-
-def make_requests(dataset: str, span_s: float) -> tuple[list[Arrival], str]:
-    """Poisson arrivals for `span_s` seconds, with lengths by lot."""
-    lengths, source = paper_setups.lengths_by_flags(dataset)
-    rng = np.random.default_rng(FLAGS.seed)
-    num = max(round(RATES[dataset] * span_s), 1)
-    chosen = lengths.take(rng.choice(len(lengths.prompts), num))
-    return length_sets.requests_of(chosen, arrivals.poisson(rng, num, RATES[dataset])), source
 
 
 class Found(NamedTuple):

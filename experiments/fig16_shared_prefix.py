@@ -134,7 +134,8 @@ def main(_: list[str]) -> None:
             "cached_over": over.pop(AS_ASKED),
             "ablations": over,
             "prefix_tokens_found": {
-                p: at_highest_rate(panels[p]["cached"])["prefix_tokens_found"] for p in prefixes
+                p: rate_search.at_highest_rate(panels[p]["cached"])["prefix_tokens_found"]
+                for p in prefixes
             },
             "limit_s": FLAGS.limit_s,
             "kv_tokens": SETUP.kv_tokens,
@@ -246,10 +247,6 @@ def search(measured: Callable[..., Point], case: Case, conditions: Conditions) -
     # Only the conditions asked for are drawn as curves.
     light = rate_search.LIGHT_LOADS if case.conditions == AS_ASKED else ()
     return rate_search.highest_rate(measure, conditions.limit_s, STARTS[case.prefix], light)
-
-
-def at_highest_rate(result: dict[str, Any]) -> Point:
-    return next(point for point in result["points"] if point["rate"] == result["rate"])
 
 
 def ratios(found: Mapping[Case, dict], conditions: str) -> dict[str, dict[str, float]]:

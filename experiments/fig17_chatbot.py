@@ -224,7 +224,7 @@ def compare_kept(rounds: Rounds) -> dict[str, dict[str, Point]]:
     found = {}
     for rate in KEPT_RATES:
         requests = kept_rounds.requests_of(
-            rounds, FLAGS.requests // 4, rate, FLAGS.limit_s, FLAGS.pause_s, FLAGS.seed
+            rounds, FLAGS.requests // 4, rate, FLAGS.pause_s, FLAGS.seed
         )
         points = found[f"{rate:g}"] = kept_rounds.compare(
             SETUP, requests, rate, num_slots=FLAGS.num_slots, overhead_s=FLAGS.overhead_s

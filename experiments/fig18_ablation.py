@@ -25,14 +25,9 @@ from experiments import common, paper_setups
 from experiments.comparisons import Comparison
 from experiments.paper_setups import SETUPS
 from experiments.plots import STYLE
-from jaxpage.config import require
-from jaxpage.sim import arrivals
-from jaxpage.sim import lengths as length_sets
-from jaxpage.sim.trace import Arrival
 
 FLAGS = flags.FLAGS
 
-PAGE_SIZES = tuple(2**power for power in range(9))
 RATES = {"sharegpt": 2.65, "alpaca": 50.0}  # requests a second
 NUM_REQUESTS = {"sharegpt": 2048, "alpaca": 8192}
 # Its text: the tokens a page with which each data set is served best.
@@ -42,8 +37,8 @@ COLOURS = {"sharegpt": "#2f7f79", "alpaca": "#d9a441"}
 
 def define_flags() -> None:
     paper_setups.define_length_flags()
+    paper_setups.define_page_sizes_flag()
     flags.adopt_module_key_flags(paper_setups)
-    flags.DEFINE_list("page_sizes", list(map(str, PAGE_SIZES)), "Tokens a page, to compare.")
     flags.DEFINE_float("overhead_s", 0.0, "Seconds that the host adds to a step.", lower_bound=0.0)
     flags.DEFINE_bool("quick", False, "Pages of 16 and 256 alone, and an eighth of the requests.")
     flags.DEFINE_string("out", None, "The folder to write to.", required=True)
@@ -51,12 +46,13 @@ def define_flags() -> None:
 
 def main(_: list[str]) -> None:
     out = common.make_folder(FLAGS.out)
-    sizes = (16, 256) if FLAGS.quick else page_sizes_by_flag()
+    sizes = (16, 256) if FLAGS.quick else paper_setups.page_sizes_by_flag()
     latencies: dict[str, dict[int, float]] = {}
     sources = {}
     with (out / "fig18.jsonl").open("w") as file:
         for dataset in RATES:
-            requests, sources[dataset] = make_requests(dataset)
+            num = NUM_REQUESTS[dataset] // (8 if FLAGS.quick else 1)
+            requests, sources[dataset] = paper_setups.poisson_requests(dataset, num, RATES[dataset])
             latencies[dataset] = {}
             for page_size in sizes:
                 run = SETUPS["opt-13b"].run(
@@ -75,24 +71,6 @@ def main(_: list[str]) -> None:
                 print(f"{dataset:>8}, pages of {page_size:>3}: {latency_s:.4f} s/token", flush=True)
     draw(latencies, out / "fig18.png")
     common.print_last_line(latencies | {"lengths": sources, **common.provenance()})
-
-
-def page_sizes_by_flag() -> tuple[int, ...]:
-    sizes = tuple(int(size) if size.isdigit() else 0 for size in FLAGS.page_sizes)
-    require(
-        all(size > 0 and paper_setups.MAX_TOKENS % size == 0 for size in sizes),
-        f"--page_sizes={','.join(FLAGS.page_sizes)}: each must divide {paper_setups.MAX_TOKENS}",
-    )
-    return sizes
-
-
-def make_requests(dataset: str) -> tuple[list[Arrival], str]:
-    """Poisson arrivals at the rate of the data set, with lengths by lot."""
-    lengths, source = paper_setups.lengths_by_flags(dataset)
-    rng = np.random.default_rng(FLAGS.seed)
-    num = NUM_REQUESTS[dataset] // (8 if FLAGS.quick else 1)
-    chosen = lengths.take(rng.choice(len(lengths.prompts), num))
-    return length_sets.requests_of(chosen, arrivals.poisson(rng, num, RATES[dataset])), source
 
 
 def comparison(last: dict[str, Any]) -> list[Comparison]:

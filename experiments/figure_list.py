@@ -83,6 +83,15 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         takes=(*LENGTHS, "quick"),
     ),
     Experiment(
+        "fig14_parallel_and_beam",
+        "Fig 14",
+        "Several samples, or beams, a request",
+        "What rate is sustained with several samples or beams of a prompt, which pages share.",
+        "Curves of normalized latency by requests a second, a panel for 2, 4 and 6 sequences.",
+        60,
+        takes=(*LENGTHS, "quick"),
+    ),
+    Experiment(
         "fig15_sharing_savings",
         "Fig 15",
         "Pages saved by sharing",
@@ -117,6 +126,15 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         "Latency at a fixed rate, by the number of tokens in a page.",
         "Normalized latency by tokens a page, for ShareGPT and Alpaca.",
         3,
+        takes=(*LENGTHS, "quick"),
+    ),
+    Experiment(
+        "fig19_swap_recompute",
+        "Fig 19",
+        "Computing again, or moving",
+        "What a preempted sequence costs, by page size: computed again, or moved out and back.",
+        "Milliseconds by tokens a page, and normalized latency by tokens a page for both.",
+        10,
         takes=(*LENGTHS, "quick"),
     ),
     Experiment(

@@ -2,50 +2,36 @@
 
 Beyond the paper, which keeps none. Histories are whole here and not their last 1,024 tokens, for a
 history that is cut shares no prefix with itself. The rounds of a dialogue are those that fit into
-`MAX_TOKENS`; a next one arrives when an answer as slow as the limit would be there, and a pause has
-passed. Whole dialogues begin at random instants (Poisson).
+`MAX_TOKENS`; a next one arrives a pause after the answer before it. Dialogues begin at random
+instants (Poisson).
 """
 
+import itertools
 from typing import Any
 
 import numpy as np
 
 from experiments import rate_search
-from experiments.paper_setups import MAX_TOKENS, PAGE_SIZE, Setup
+from experiments.paper_setups import MAX_TOKENS, Setup
 from experiments.rate_search import Point
 from jaxpage.paging.allocator import ALLOCATORS, CACHED
 from jaxpage.scheduling.policies import POLICIES
-from jaxpage.sim import arrivals, runs
+from jaxpage.sim import arrivals, runs, synthetic
 from jaxpage.sim.lengths import Rounds
 from jaxpage.sim.trace import Arrival
 
 SYSTEMS = {"paged": ALLOCATORS["paged"], "cached": CACHED["lru"]}
 
 
-def requests_of(
-    rounds: Rounds, num: int, rate: float, seconds_per_token: float, pause_s: float, seed: int
-) -> list[Arrival]:
-    """At least `num` rounds, of whole dialogues by lot, `rate` a second, in the order of arrival.
-
-    Content is numbered by page (`tokens_each=PAGE_SIZE`), and each dialogue has numbers of its own.
-    """
-    rounds = rounds.take(rounds.histories + rounds.said + rounds.answers <= MAX_TOKENS)
+def requests_of(rounds: Rounds, num: int, rate: float, pause_s: float, seed: int) -> list[Arrival]:
+    """At least `num` rounds, of whole dialogues by lot, about `rate` a second."""
+    dialogues = synthetic.dialogues_of(rounds, MAX_TOKENS)
     rng = np.random.default_rng(seed)
-    _, firsts, counts = np.unique(rounds.conversations, return_index=True, return_counts=True)
-    order = rng.permutation(len(firsts))
-    most = min(int(np.searchsorted(np.cumsum(counts[order]), num)) + 1, len(order))
-    chosen = order[:most]
-    starts_s = arrivals.poisson(rng, most, rate * most / int(np.sum(counts[chosen])))
-    requests = []
-    for dialogue, (now_s, which) in enumerate(zip(starts_s.tolist(), chosen, strict=True)):
-        first_page = dialogue * (MAX_TOKENS // PAGE_SIZE)
-        for row in range(firsts[which], firsts[which] + counts[which]):
-            prompt, output = int(rounds.histories[row] + rounds.said[row]), int(rounds.answers[row])
-            pages = -(-(prompt + output) // PAGE_SIZE)
-            content = range(first_page, first_page + pages)
-            requests.append(Arrival(now_s, prompt, output, content))
-            now_s += output * seconds_per_token + pause_s
-    return sorted(requests, key=lambda request: request.arrival_s)
+    shuffled = [dialogues[number] for number in rng.permutation(len(dialogues))]
+    ends = np.cumsum([len(dialogue) for dialogue in shuffled])
+    most = min(int(np.searchsorted(ends, num)) + 1, len(shuffled))
+    starts_s = arrivals.poisson(rng, most, rate * most / int(ends[most - 1]))
+    return synthetic.multi_turn(shuffled[:most], starts_s, itertools.repeat(pause_s))
 
 
 def compare(
@@ -61,7 +47,6 @@ def compare(
             setup.config(allocator.name, num_slots),
             allocator,
             POLICIES["fcfs"],
-            tokens_each=PAGE_SIZE,
         )
         found[name] = rate_search.point_of(rate, run) | {
             "prompt_tokens_found": float(np.sum(run.cached_lens) / prompt_tokens)

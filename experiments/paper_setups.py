@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -11,10 +12,11 @@ from experiments import recorded_turns
 from jaxpage.config import EngineConfig, require
 from jaxpage.paging.allocator import ALLOCATORS
 from jaxpage.scheduling.policies import POLICIES
-from jaxpage.sim import cost_model, runs
+from jaxpage.sim import arrivals, cost_model, runs
 from jaxpage.sim import lengths as length_sets
 from jaxpage.sim.cost_model import CostModel
 from jaxpage.sim.device import DEVICES, DeviceSpec
+from jaxpage.sim.kernels import Efficiency
 from jaxpage.sim.lengths import Lengths
 from jaxpage.sim.runs import Run
 from jaxpage.sim.shapes import SHAPES, ModelShape
@@ -25,6 +27,7 @@ FLAGS = flags.FLAGS
 GIB = 2**30
 MAX_TOKENS = 2048  # of a sequence: OPT's longest
 PAGE_SIZE = 16
+PAGE_SIZES = tuple(2**power for power in range(9))  # of Figs 18b and 19
 # Fig 11: mean prompt and output tokens of OPT's tokenizer.
 PRINTED_MEANS = {"sharegpt": (161.31, 337.99), "alpaca": (19.31, 58.45)}
 
@@ -49,28 +52,47 @@ class Setup:
         num_slots: int = 256,
         static_batches: bool = False,
         page_size: int = PAGE_SIZE,
+        headroom_pages: int = 1,
+        preemption: str = "recompute",
+        max_beams: int = 1,
     ) -> EngineConfig:
-        """An engine with this memory; a step computes up to 2,560 tokens, vLLM's limit then."""
+        """An engine with this memory; a step computes up to 2,560 tokens, vLLM's limit then.
+
+        Where pages go to the host, as many find room there as in the pool, as in the paper
+        (section 4.5).
+        """
+        num_pages = self.kv_tokens // page_size
         return EngineConfig(
             num_slots=num_slots,
-            num_pages=self.kv_tokens // page_size,
+            num_pages=num_pages,
             page_size=page_size,
             pages_per_slot=MAX_TOKENS // page_size,
             num_requests=2 * num_slots,
             token_buckets=(2560,),
-            headroom_pages=int(ALLOCATORS[allocator].grows),
+            headroom_pages=headroom_pages * ALLOCATORS[allocator].grows,
+            preemption=preemption,
+            max_beams=max_beams,
+            host_pages=0 if preemption == "recompute" else num_pages,
             static_batches=static_batches,
             log_steps=2048,
         )
 
-    def cost(self, overhead_s: float = 0.0, page_size: int = PAGE_SIZE) -> CostModel:
-        """With the efficiencies that A100s measured."""
+    def cost(
+        self,
+        overhead_s: float = 0.0,
+        page_size: int = PAGE_SIZE,
+        efficiencies: dict[str, Efficiency] | None = None,
+        copied_share: float = 0.0,
+    ) -> CostModel:
+        """With the efficiencies that A100s measured, where no others are given."""
         return cost_model.create(
             self.shape,
             self.device,
             num_devices=self.num_devices,
             page_size=page_size,
             overhead_s=overhead_s,
+            efficiencies=efficiencies,
+            copied_share=copied_share,
         )
 
     def run(
@@ -78,15 +100,15 @@ class Setup:
         allocator: str,
         requests: Sequence[Arrival],
         *,
-        num_slots: int = 256,
-        static_batches: bool = False,
-        page_size: int = PAGE_SIZE,
         overhead_s: float = 0.0,
+        efficiencies: dict[str, Efficiency] | None = None,
+        copied_share: float = 0.0,
         until_s: float = np.inf,
+        **engine: Any,
     ) -> tuple[Run, EngineConfig]:
-        """Simulates them, first come, first served."""
-        config = self.config(allocator, num_slots, static_batches, page_size)
-        cost = self.cost(overhead_s, page_size)
+        """Simulates them, first come, first served; `engine` is what `config` takes."""
+        config = self.config(allocator, **engine)
+        cost = self.cost(overhead_s, config.page_size, efficiencies, copied_share)
         memory = ALLOCATORS[allocator]
         run = runs.run(requests, cost, config, memory, POLICIES["fcfs"], until_s=until_s)
         return run, config
@@ -147,3 +169,24 @@ def recorded_lengths(dataset: str, pairs: str | None = None) -> tuple[Lengths | 
     path = Path(FLAGS.alpaca)
     found = length_sets.read_lengths(path, "gpt2_instruction_input", "gpt2_output", bos=1)
     return found, f"{path.name}, GPT-2 tokens and BOS"
+
+
+def poisson_requests(dataset: str, num: int, rate: float) -> tuple[list[Arrival], str]:
+    """`num` Poisson arrivals, `rate` a second, with lengths by lot; and where those are from."""
+    lengths, source = lengths_by_flags(dataset)
+    rng = np.random.default_rng(FLAGS.seed)
+    chosen = lengths.take(rng.choice(len(lengths.prompts), num))
+    return length_sets.requests_of(chosen, arrivals.poisson(rng, num, rate)), source
+
+
+def define_page_sizes_flag() -> None:
+    flags.DEFINE_list("page_sizes", list(map(str, PAGE_SIZES)), "Tokens a page, to compare.")
+
+
+def page_sizes_by_flag() -> tuple[int, ...]:
+    sizes = tuple(int(size) if size.isdigit() else 0 for size in FLAGS.page_sizes)
+    require(
+        all(size > 0 and MAX_TOKENS % size == 0 for size in sizes),
+        f"--page_sizes={','.join(FLAGS.page_sizes)}: each must divide {MAX_TOKENS}",
+    )
+    return sizes

@@ -1,4 +1,4 @@
-"""The highest rate that a system sustains within a latency, found and drawn: Figs 12, 16 and 17."""
+"""The highest rate that a system sustains within a latency, found and drawn."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +18,10 @@ Point = dict[str, float]  # what came of one rate
 LIGHT_LOADS = (0.25, 0.5, 0.75)  # parts of the highest rate
 
 
-def define_flags() -> None:
+def define_flags(num_slots: int = 256) -> None:
     flags.DEFINE_float("limit_s", 0.2, "The most normalized latency, s/token.", lower_bound=1e-6)
     flags.DEFINE_float("overhead_s", 0.0, "Seconds that the host adds to a step.", lower_bound=0.0)
-    flags.DEFINE_integer("num_slots", 256, "The most sequences at once.", lower_bound=1)
+    flags.DEFINE_integer("num_slots", num_slots, "The most sequences at once.", lower_bound=1)
 
 
 def point_of(rate: float, run: Run) -> Point:
@@ -33,7 +33,7 @@ def point_of(rate: float, run: Run) -> Point:
     }
 
 
-def search_all[C: tuple[str, ...]](
+def search_all[C: tuple](
     cases: Iterable[C], search: Callable[[C], dict[str, Any]]
 ) -> dict[C, dict[str, Any]]:
     """What `search` finds in each case, two at a time; says each as it is known."""
@@ -42,7 +42,10 @@ def search_all[C: tuple[str, ...]](
         futures = {case: pool.submit(search, case) for case in cases}
         for case, future in futures.items():
             found[case] = future.result()
-            print(f"{', '.join(case)}: {found[case]['rate']:.2f} requests/s", flush=True)
+            print(
+                f"{', '.join(str(part) for part in case if part)}: {found[case]['rate']:.2f} requests/s",
+                flush=True,
+            )
     return found
 
 
@@ -51,8 +54,11 @@ def highest_rate(
     limit_s: float,
     start: float,
     also_at: Sequence[float] = (),
+    precision: float = 0.03,
 ) -> dict[str, Any]:
     """The highest rate within `limit_s` of mean normalized latency, and the points on the way.
+
+    It is as near as `precision`, a part of it.
 
     Then `also_at` these parts of it, for a curve from where the load is light.
     """
@@ -62,9 +68,14 @@ def highest_rate(
         points.append(measure(rate))
         return points[-1]["normalized_latency_s"]
 
-    rate = capacity(latency_s, limit_s, start)
+    rate = capacity(latency_s, limit_s, start, precision)
     points += [measure(part * rate) for part in also_at]
     return {"rate": rate, "points": sorted(points, key=lambda point: point["rate"])}
+
+
+def at_highest_rate(result: Mapping[str, Any]) -> Point:
+    """The point of the rate that `highest_rate` found."""
+    return next(point for point in result["points"] if point["rate"] == result["rate"])
 
 
 def draw_latencies(

@@ -169,7 +169,8 @@ def trace_by_flags() -> Recorded:
 def conversations_by_flags() -> Recorded:
     require(FLAGS.rate is not None, "conversations have no times: say how fast they open by --rate")
     turns = length_sets.read_turns(Path(FLAGS.trace), FLAGS.token_column)
-    dialogues = synthetic.dialogues_of(turns, FLAGS.max_tokens or MOST_TOKENS)
+    rounds = length_sets.rounds_of(turns, bos=0)
+    dialogues = synthetic.dialogues_of(rounds, FLAGS.max_tokens or MOST_TOKENS)
     num = FLAGS.requests or len(dialogues)
     require(0 < num <= len(dialogues), f"--requests={num}: {FLAGS.trace} has {len(dialogues)}")
     rng = np.random.default_rng(FLAGS.seed)

@@ -17,7 +17,7 @@ from jaxpage.scheduling.policies import POLICIES
 from jaxpage.sim import cost_model, runs, synthetic
 from jaxpage.sim import trace as traces
 from jaxpage.sim.device import DEVICES
-from jaxpage.sim.lengths import RecordedTurn
+from jaxpage.sim.lengths import RecordedTurn, rounds_of
 from jaxpage.sim.shapes import SHAPES
 from jaxpage.sim.synthetic import Level
 from jaxpage.sim.trace import Arrival
@@ -112,7 +112,7 @@ def test_the_last_turn_may_be_all_that_is_left():
             "request 2: follows=0 must be .* no other follows",
         ),
         ([Arrival(0, 4, 2), Arrival(0, 6, 2, follows=0)], "prompt_len=6 must be more than the 6"),
-        ([Arrival(0, 4, 2, num_samples=2), Arrival(0, 9, 2, follows=0)], "one sample each"),
+        ([Arrival(0, 4, 2, num_samples=2), Arrival(0, 9, 2, follows=0)], "one sequence each"),
         ([Arrival(0, 4, 2), Arrival(0, 9, 2, content=(1,), follows=0)], "only the first has conte"),
         ([Arrival(5, 4, 2), Arrival(1, 9, 2, follows=0), Arrival(4, 4, 2)], "request 2 arrives"),
     ],
@@ -122,22 +122,19 @@ def test_a_conversation_that_cannot_be_is_refused(wrong, words):
         traces.create(wrong, CONFIG, ALLOCATORS["paged"])
 
 
-def test_dialogues_end_where_they_are_too_long_or_nobody_answers():
-    said = [(0, 9, 4), (0, 3, 3), (1, 5, 0), (2, 4, 6)]
+def test_dialogues_are_rounds_one_after_the_other_as_far_as_they_fit():
+    said = [(0, True, 9), (0, False, 4), (0, True, 2), (0, True, 3), (0, False, 3), (0, True, 5)]
+    said += [(1, False, 7), (1, True, 5), (1, False, 6), (2, True, 8)]
     turns = [
-        RecordedTurn(conversation, 2 * number + part, part == 0, tokens)
-        for number, (conversation, *both) in enumerate(said)
-        for part, tokens in enumerate(both)
+        RecordedTurn(conversation, number, is_human, tokens)
+        for number, (conversation, is_human, tokens) in enumerate(said)
     ]
-    assert synthetic.dialogues_of(turns, 100) == [[(9, 4), (3, 3)], [(4, 6)]]
-    assert synthetic.dialogues_of(turns, 13) == [[(9, 4)], [(4, 6)]]
-    assert synthetic.dialogues_of(turns, 9) == []
-    backwards = [replace_human(turn) for turn in turns]
-    assert synthetic.dialogues_of(backwards, 100) == []
-
-
-def replace_human(turn: RecordedTurn) -> RecordedTurn:
-    return turn._replace(is_human=not turn.is_human)
+    rounds = rounds_of(turns, bos=1)
+    # What opens the second one is said before its first answer, and so is what nobody answered.
+    assert synthetic.dialogues_of(rounds, 100) == [[(10, 4), (5, 3)], [(13, 6)]]
+    assert synthetic.dialogues_of(rounds, 21) == [[(10, 4)], [(13, 6)]]
+    assert synthetic.dialogues_of(rounds, 14) == [[(10, 4)]]
+    assert synthetic.dialogues_of(rounds, 13) == []
 
 
 def test_prompts_begin_alike_as_far_as_their_paths_agree():

@@ -169,23 +169,12 @@ def test_fig17_in_short(tmp_path):
     assert (tmp_path / "fig17.png").stat().st_size > 10_000
 
 
-def test_rounds_of_one_dialogue_have_content_in_common_and_those_of_two_have_none():
+def test_whole_dialogues_are_taken_by_lot_and_their_rounds_follow_each_other():
     rounds = length_sets.rounds_of(TURNS + [turn._replace(conversation=5) for turn in TURNS[:4]])
-    requests = kept_rounds.requests_of(rounds, 5, 2.0, seconds_per_token=0.5, pause_s=3.0, seed=0)
+    requests = kept_rounds.requests_of(rounds, 3, rate=2.0, pause_s=3.0, seed=0)
     # What does not fit into 2,048 tokens is no part of it, and so the second dialogue is not.
-    assert sorted((r.prompt_len, r.output_len) for r in requests) == [
-        *[(11, 20)] * 2,
-        *[(36, 6)] * 2,
-    ]
-    times_s = [request.arrival_s for request in requests]
-    assert times_s == sorted(times_s)
-    by_dialogue = {}
-    for request in requests:
-        by_dialogue.setdefault(request.content[0], []).append(request)
-    assert len(by_dialogue) == 2
-    for first, second in by_dialogue.values():
-        assert second.arrival_s == pytest.approx(first.arrival_s + 20 * 0.5 + 3)
-        assert list(second.content[: len(first.content)]) == list(first.content)
-        assert len(first.content) == 2 and len(second.content) == 3  # pages of 16
-    numbers = [set(found[-1].content) for found in by_dialogue.values()]
-    assert not numbers[0] & numbers[1]
+    assert [(r.prompt_len, r.output_len) for r in requests] == [(11, 20), (36, 6)] * 2
+    assert [request.follows for request in requests] == [None, 0, None, 2]
+    assert requests[1].arrival_s == requests[3].arrival_s == 3.0
+    assert 0 < requests[0].arrival_s < requests[2].arrival_s
+    assert len(kept_rounds.requests_of(rounds, 2, 2.0, 3.0, seed=0)) == 2

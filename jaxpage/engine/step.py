@@ -98,6 +98,13 @@ def create(setup: Setup, kv_dtype: DTypeLike, device: Any = None) -> EngineState
 
 def engine_step(params: Params, state: EngineState, setup: Setup) -> EngineState:
     """Plans a step, runs the model on it, and commits what it sampled."""
+    return step_and_outcome(params, state, setup)[0]
+
+
+def step_and_outcome(
+    params: Params, state: EngineState, setup: Setup
+) -> tuple[EngineState, Plan, Outcome]:
+    """`engine_step`, for those who want to know what was planned and what came of it too."""
     with jax.named_scope("plan"):
         scheduler, plan = plan_step(state.scheduler, setup.engine, setup.allocator, setup.policy)
         log = _write_log(state.log, scheduler, plan, setup.engine)
@@ -106,7 +113,8 @@ def engine_step(params: Params, state: EngineState, setup: Setup) -> EngineState
     pool, outcome = execute(params, pool, plan, scheduler.requests, setup)
     with jax.named_scope("commit"):
         scheduler = commit_step(scheduler, plan, outcome, setup.allocator, setup.model.eos_ids)
-    return EngineState(scheduler=scheduler, pool=pool, host_pool=host_pool, log=log)
+    state = EngineState(scheduler=scheduler, pool=pool, host_pool=host_pool, log=log)
+    return state, plan, outcome
 
 
 def move_pages(

@@ -262,8 +262,10 @@ def request_row(
 
 
 def submit(state: SchedulerState, row: jax.Array, request: Requests) -> SchedulerState:
-    """Puts `request`, one row without the leading axis, in the free row `row`, waiting."""
-    requests = jax.tree.map(lambda held, new: held.at[row].set(new), state.requests, request)
+    """Puts `request`, one row without the leading axis, in the free row `row`; in none for `R`."""
+    requests = jax.tree.map(
+        lambda held, new: held.at[row].set(new, mode="drop"), state.requests, request
+    )
     return state.replace(requests=requests)
 
 

@@ -45,6 +45,7 @@ class CostModel(struct.PyTreeNode):
 
     efficiency: Efficiency  # f32[kinds] each
     overhead_s: jax.Array  # f32[], of a step beside its kernels
+    copied_share: jax.Array  # f32[], of the tokens that decoding rows read, copied in each step
     shape: ModelShape = struct.field(pytree_node=False)
     device: DeviceSpec = struct.field(pytree_node=False)
     num_devices: int = struct.field(pytree_node=False)
@@ -59,8 +60,12 @@ def create(
     page_size: int = 16,
     overhead_s: float = 0.0,
     efficiencies: dict[str, Efficiency] | None = None,
+    copied_share: float = 0.0,
 ) -> CostModel:
     """The cost of `shape` on `num_devices` devices; by default as efficient as A100s measured.
+
+    `copied_share` is for beams whose KV cannot be shared: of all that they read, the part that is
+    copied in each step from a beam that goes on to a row that does not.
 
     Raises:
       ConfigError: the heads cannot be dealt out evenly, or a kind of kernel has no efficiency.
@@ -75,6 +80,7 @@ def create(
     return CostModel(
         efficiency=Efficiency(*(jnp.asarray(column, jnp.float32) for column in columns)),
         overhead_s=jnp.asarray(overhead_s, jnp.float32),
+        copied_share=jnp.asarray(copied_share, jnp.float32),
         shape=shape,
         device=device,
         num_devices=num_devices,
@@ -159,7 +165,8 @@ def _kernels(cost: CostModel, load: Load) -> list[tuple[int, Work, int]]:
     ]
     if tp > 1:
         layers.append((kernels.ALL_REDUCE, kernels.all_reduce(T * E * itemsize, tp), 2))
-    moved, copied = load.moved_pages * page_bytes, 2 * load.copied_pages * page_bytes
+    copied_pages = load.copied_pages + cost.copied_share * load.decode_context / cost.page_size
+    moved, copied = load.moved_pages * page_bytes, 2 * copied_pages * page_bytes
     return [
         *((kind, work, L * times) for kind, work, times in layers),
         (kernels.LINEAR, product(load.samples, E, shape.vocab_size / tp), 1),

@@ -150,8 +150,16 @@ def drawn(
 
 
 def requests_of(
-    lengths: Lengths, arrival_s: np.ndarray, num_samples: int = 1, content: Sequence[int] = ()
+    lengths: Lengths,
+    arrival_s: np.ndarray,
+    *,
+    content: Sequence[int] = (),
+    num_samples: int = 1,
+    num_beams: int = 1,
 ) -> list[Arrival]:
     """A request for each, in order; all prompts begin with `content`, a number a token."""
     columns = (arrival_s.tolist(), lengths.prompts.tolist(), lengths.outputs.tolist())
-    return [Arrival(*each, content, num_samples) for each in zip(*columns, strict=True)]
+    return [
+        Arrival(*each, content=content, num_samples=num_samples, num_beams=num_beams)
+        for each in zip(*columns, strict=True)
+    ]

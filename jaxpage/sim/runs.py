@@ -10,6 +10,7 @@ from jaxpage.paging.allocator import Allocator
 from jaxpage.scheduling.policies import PolicyFn
 from jaxpage.sim import clock, simulate
 from jaxpage.sim import trace as traces
+from jaxpage.sim.branching import Branching
 from jaxpage.sim.cost_model import CostModel
 from jaxpage.sim.device import DeviceSpec
 from jaxpage.sim.metrics import Steps, Timeline
@@ -55,6 +56,7 @@ def run(
     policy: PolicyFn,
     *,
     tokens_each: int = 1,
+    branching: Branching | None = None,
     until_s: float = np.inf,
     on_progress: Callable[[int], object] | None = None,
 ) -> Run:
@@ -69,7 +71,7 @@ def run(
         cost.page_size == config.page_size,
         f"pages of {cost.page_size} tokens are priced, and of {config.page_size} simulated",
     )
-    trace = traces.create(requests, config, allocator, tokens_each=tokens_each)
+    trace = traces.create(requests, config, allocator, tokens_each=tokens_each, branching=branching)
     simulation = simulate.create(trace, config, allocator)
     logs: list[dict[str, np.ndarray]] = []
     while (num_done := int(simulation.num_done)) < int(trace.count):

@@ -20,10 +20,20 @@ from jaxpage.paging.priority_queue import PriorityQueue, first_key
 from jaxpage.scheduling import state as scheduler_state
 from jaxpage.scheduling.accounting import record_step
 from jaxpage.scheduling.batch import of_slots
+from jaxpage.scheduling.beams import num_candidates
 from jaxpage.scheduling.policies import PolicyFn
-from jaxpage.scheduling.state import DONE, FREE, Requests, SchedulerState, greedy, request_row
+from jaxpage.scheduling.state import (
+    DONE,
+    FREE,
+    PATIENT,
+    Beams,
+    Requests,
+    SchedulerState,
+    greedy,
+    request_row,
+)
 from jaxpage.scheduling.step import Outcome, Plan, commit_step, plan_step
-from jaxpage.sim import clock, decode_runs, step_log
+from jaxpage.sim import branching, clock, decode_runs, step_log
 from jaxpage.sim import trace as traces
 from jaxpage.sim.clock import Time
 from jaxpage.sim.cost_model import CostModel, load_of, step_seconds
@@ -132,12 +142,12 @@ def simulate_step(
     """
     if not singly and decode_runs.can_run(config, allocator):
         simulation = _run_ahead(simulation, trace, cost, config, allocator)
-    simulation = arrive(_wait_if_idle(simulation, trace), trace)
+    simulation = arrive(_wait_if_idle(simulation, trace), trace, config, allocator)
     scheduler, plan = plan_step(simulation.scheduler, config, allocator, policy)
     seconds = step_seconds(cost, _load(plan))
     now = clock.after(simulation.now, seconds)
     log = step_log.write(simulation.log, Step(record_step(scheduler, plan), seconds, now))
-    outcome = _outcome(trace, simulation.numbers, scheduler.requests, plan)
+    outcome = _outcome(trace, simulation.numbers, scheduler.requests, plan, config)
     planned = scheduler
     scheduler = commit_step(scheduler, plan, outcome, allocator, eos_ids=())
     simulation = simulation.replace(
@@ -148,13 +158,15 @@ def simulate_step(
         is_steady=decode_runs.is_steady(planned, plan, scheduler),
         num_idle=jnp.where(seconds > 0, 0, simulation.num_idle + 1),
     )
-    return _note(simulation, trace, plan)
+    return _note(simulation, trace, plan, config)
 
 
-def arrive(simulation: Simulation, trace: Trace) -> Simulation:
+def arrive(
+    simulation: Simulation, trace: Trace, config: EngineConfig, allocator: Allocator
+) -> Simulation:
     """Gives rows to the sequences that are due, those of one request at once or not at all.
 
-    Who finds no row waits outside, in order.
+    Who finds no row waits outside, in order. A beam has a second row, for what its search keeps.
     """
 
     def submit_next(simulation: Simulation) -> Simulation:
@@ -164,7 +176,10 @@ def arrive(simulation: Simulation, trace: Trace) -> Simulation:
         of_leader = jnp.argmax(simulation.numbers == leader).astype(jnp.int32)
         prompt, output = trace.prompt_lens[number], trace.output_lens[number]
         positions = jnp.arange(scheduler.requests.tokens.shape[1], dtype=jnp.int32)
-        request = request_row(
+        # Where nothing can be shared each is a request of its own, as for the engine's host.
+        shares = (leader != number) & (allocator.share is not None)
+        new_row = partial(
+            request_row,
             jnp.where(positions < prompt, traces.tokens_of(trace, leader, positions), 0),
             prompt,
             final_len=prompt + output,
@@ -172,13 +187,22 @@ def arrive(simulation: Simulation, trace: Trace) -> Simulation:
             arrival=simulation.num_arrived - (number - leader),
             ignore_eos=True,
             sampling=greedy(),
-            group=jnp.where(leader == number, row, of_leader),
+            group=jnp.where(shares, of_leader, row),
         )
-        simulation = _leave_outside(simulation, trace, number)
-        return simulation.replace(
-            scheduler=scheduler_state.submit(scheduler, row, request),
-            num_arrived=simulation.num_arrived + 1,
-            numbers=simulation.numbers.at[row].set(number),
+        numbers = simulation.numbers.at[row].set(number)
+        if config.max_beams == 1:
+            scheduler = scheduler_state.submit(scheduler, row, new_row())
+        else:
+            width = trace.widths[number]
+            request = new_row(beams=_beams(width, 0.0))
+            scheduler = scheduler_state.submit(scheduler, row, request)
+            free = jnp.argmax(scheduler.requests.phases == FREE).astype(jnp.int32)
+            free = jnp.where(width > 0, free, numbers.shape[0])
+            kept = new_row(beams=_beams(width, -jnp.inf), held=True)
+            scheduler = scheduler_state.submit(scheduler, free, kept)
+            numbers = numbers.at[free].set(trace.num_rows, mode="drop")
+        return _leave_outside(simulation, trace, number).replace(
+            scheduler=scheduler, num_arrived=simulation.num_arrived + 1, numbers=numbers
         )
 
     return lax.while_loop(
@@ -186,12 +210,18 @@ def arrive(simulation: Simulation, trace: Trace) -> Simulation:
     )
 
 
+def _beams(width: jax.Array, score: float) -> Beams:
+    """Of a row: of a live beam, or with a score that any other betters, kept."""
+    return Beams(width, jnp.float32(score), jnp.float32(1), jnp.int32(PATIENT))
+
+
 def _arrives(simulation: Simulation, trace: Trace, now: Time) -> jax.Array:
     """Whether a sequence of the trace is due, and there are rows for its request."""
     number, time = _next(simulation, trace)
     num_free = jnp.sum(simulation.scheduler.requests.phases == FREE, dtype=jnp.int32)
     is_leader = trace.leaders[number] == number
-    has_rows = num_free >= jnp.where(is_leader, trace.num_samples[number], 1)
+    rows = trace.num_samples[number] + trace.widths[number]
+    has_rows = num_free >= jnp.where(is_leader, rows, 1)
     return clock.is_due(time, now) & has_rows
 
 
@@ -203,7 +233,7 @@ def _next(simulation: Simulation, trace: Trace) -> tuple[jax.Array, Time]:
     if not trace.has_followers:
         return number, time
     turn, turn_time = priority_queue.first(simulation.turns), Time(*first_key(simulation.turns))
-    # The samples of a request arrive together.
+    # The sequences of a request arrive together.
     is_leader = trace.leaders[number] == number
     is_turn = clock.is_due(turn_time, time) & (is_leader | ~is_left)
     is_turn &= turn_time.seconds < priority_queue.NEVER
@@ -253,17 +283,36 @@ def _load(plan: Plan):
     return load_of(plan.counts, plan.lengths, plan.samples, moved, plan.copies.count)
 
 
-def _outcome(trace: Trace, numbers: jax.Array, requests: Requests, plan: Plan) -> Outcome:
-    """Tokens as the trace has them, so that who goes on from an answer finds it cached."""
+def _outcome(
+    trace: Trace, numbers: jax.Array, requests: Requests, plan: Plan, config: EngineConfig
+) -> Outcome:
+    """Tokens as the trace has them, so that who goes on from an answer finds it cached.
+
+    Those that may follow a beam are drawn.
+    """
     number = numbers.at[plan.requests].get(mode="fill", fill_value=trace.num_rows)
-    return Outcome(
-        tokens=traces.tokens_of(trace, number, of_slots(requests.num_tokens, plan.requests)),
+    position = of_slots(requests.num_tokens, plan.requests)
+    outcome = Outcome(
+        tokens=traces.tokens_of(trace, number, position),
         logprobs=jnp.zeros(plan.requests.shape, jnp.float32),
         failed=jnp.zeros(plan.requests.shape, jnp.bool_),
     )
+    count = num_candidates(config.max_beams, eos_ids=())
+    if count == 0:
+        return outcome
+    searches = plan.samples & (of_slots(requests.beams.widths, plan.requests) > 0)
+    last = requests.tokens.at[plan.requests, position - 1].get(mode="fill", fill_value=0)
+    leader = trace.leaders.at[number].get(mode="fill", fill_value=0)
+    nothing = branching.nothing(position.shape[0], count)
+    candidates = lax.cond(
+        jnp.any(searches),
+        lambda: branching.candidates(trace.branching, leader, position, last, count),
+        lambda: nothing,
+    )
+    return outcome._replace(candidates=candidates)
 
 
-def _note(simulation: Simulation, trace: Trace, plan: Plan) -> Simulation:
+def _note(simulation: Simulation, trace: Trace, plan: Plan, config: EngineConfig) -> Simulation:
     """Notes who has a first token and who is done, whose rows are free, and next turns due."""
     scheduler, served, now = simulation.scheduler, simulation.served, simulation.now
     requests, rows = scheduler.requests, plan.requests
@@ -286,8 +335,12 @@ def _note(simulation: Simulation, trace: Trace, plan: Plan) -> Simulation:
             of_slots(requests.cached_lens, rows), mode="drop"
         ),
     )
-    gone = jnp.where(is_done, rows, requests.phases.shape[0])
-    requests = requests.replace(phases=requests.phases.at[gone].set(FREE, mode="drop"))
+    if config.max_beams > 1:  # what a search kept was in no slot
+        phases = jnp.where(requests.phases == DONE, FREE, requests.phases)
+    else:
+        gone = jnp.where(is_done, rows, requests.phases.shape[0])
+        phases = requests.phases.at[gone].set(FREE, mode="drop")
+    requests = requests.replace(phases=phases)
     simulation = simulation.replace(
         scheduler=scheduler.replace(requests=requests),
         served=served,

@@ -1,6 +1,5 @@
 """Traces that are made: conversations of several turns, and prompts with beginnings in common."""
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -8,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxpage.config import require
-from jaxpage.sim.lengths import RecordedTurn
+from jaxpage.sim.lengths import Rounds
 from jaxpage.sim.trace import Arrival
 
 
@@ -19,23 +18,24 @@ class Level(NamedTuple):
     num_tokens: int  # of each node
 
 
-def dialogues_of(turns: Iterable[RecordedTurn], max_tokens: int) -> list[list[tuple[int, int]]]:
-    """Tokens that were said and answered, by conversation, while human and model alternate.
+def dialogues_of(rounds: Rounds, max_tokens: int) -> list[list[tuple[int, int]]]:
+    """Tokens that were said and answered, by conversation, in order.
 
-    Each ends before its turns have more than `max_tokens` tokens; without a turn it is left out.
+    What no answer follows is said with the turn after it. Each ends before it has more than
+    `max_tokens` tokens; without a round it is left out.
     """
-    found = []
-    for _, group in itertools.groupby(turns, lambda turn: turn.conversation):
-        recorded, dialogue, total = list(group), [], 0
-        for said, answer in zip(recorded[::2], recorded[1::2], strict=False):
-            alternate = (said.is_human, answer.is_human) == (True, False)
-            total += said.num_tokens + answer.num_tokens
-            if not alternate or min(said.num_tokens, answer.num_tokens) < 1 or total > max_tokens:
-                break
-            dialogue.append((said.num_tokens, answer.num_tokens))
-        if dialogue:
-            found.append(dialogue)
-    return found
+    prompts = rounds.histories + rounds.said
+    ends = prompts + rounds.answers
+    found: dict[int, list[tuple[int, int]]] = {}
+    known: dict[int, int] = {}
+    for conversation, prompt, end in zip(
+        rounds.conversations.tolist(), prompts.tolist(), ends.tolist(), strict=True
+    ):
+        if end <= max_tokens:
+            said = prompt - known.get(conversation, 0)
+            found.setdefault(conversation, []).append((said, end - prompt))
+            known[conversation] = end
+    return list(found.values())
 
 
 def multi_turn(

@@ -13,16 +13,19 @@ from jaxpage.paging import contiguous
 from jaxpage.paging.allocator import Allocator
 from jaxpage.paging.page_table import num_pages_for
 from jaxpage.sim import clock
+from jaxpage.sim.branching import MEASURED, Branching
 from jaxpage.sim.clock import Time
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request of a trace; `num_samples` sequences that share its prompt.
+    """A request of a trace: `num_samples` sequences, or the `num_beams` of a beam search.
 
+    They share its prompt where the allocator can share.
     `content` says what its tokens are: `content[i]` stands for `Trace.tokens_each` of them, so
     that requests which begin with the same numbers can share pages. Without it nothing is shared,
-    but with the request that this one follows.
+    but with the request that this one follows. What a search answers is no part of it: that comes
+    of the trace's `branching`.
 
     A request that follows another is the next turn of its conversation: it begins with all tokens
     of that one, answer included, and comes `arrival_s` after that one is done.
@@ -33,7 +36,13 @@ class Arrival:
     output_len: int
     content: Sequence[int] = ()
     num_samples: int = 1
+    num_beams: int = 1  # from 2 on
     follows: int | None = None  # the number of an earlier request
+
+    @property
+    def num_sequences(self) -> int:
+        """That run at once."""
+        return max(self.num_samples, self.num_beams)
 
 
 class Trace(struct.PyTreeNode):
@@ -49,10 +58,12 @@ class Trace(struct.PyTreeNode):
     reserved_lens: jax.Array  # i32[n], tokens that a contiguous allocator reserves
     leaders: jax.Array  # i32[n], the first sequence of the same request
     num_samples: jax.Array  # i32[n], sequences of the same request
+    widths: jax.Array  # i32[n], beams of its request; 0 where none are searched
     threads: jax.Array  # i32[n], the first of the conversation; of all others their own number
     followers: jax.Array  # i32[n], the sequence that follows, `n` for none
     next_heads: jax.Array  # i32[n + 1], the first sequence from there on that follows none, or `n`
     content: jax.Array  # i32[n, W]; -1 where the tokens are its own
+    branching: Branching  # what may follow a beam
     tokens_each: int = struct.field(pytree_node=False)
     has_followers: bool = struct.field(pytree_node=False)
 
@@ -67,20 +78,24 @@ def create(
     allocator: Allocator,
     *,
     tokens_each: int = 1,
+    branching: Branching | None = None,
 ) -> Trace:
-    """A trace for an engine of that configuration.
+    """A trace for an engine of that configuration; beams branch as measured, if not told else.
 
     Raises:
       ConfigError: times are unsorted or negative, a length is not positive, or a request can never
-        be served: it is longer than a slot, or needs more pages, rows or slots than there are.
+        be served: it is longer than a slot, or needs more pages, rows, slots or beams than there
+        are.
     """
     require(len(requests) > 0, "a trace needs at least one request")
     for number, request in enumerate(requests):
-        _check(number, request, config)
+        _check(number, request, config, shares=allocator.share is not None)
+        _check_sequences(number, request, config)
     _check_turns(requests)
     arrival_s = np.array([request.arrival_s for request in requests], np.float64)
     _check_order(requests, arrival_s)
-    repeats = np.array([request.num_samples for request in requests])
+    repeats = np.array([request.num_sequences for request in requests])
+    widths = [request.num_beams if request.num_beams > 1 else 0 for request in requests]
     firsts = np.cumsum(repeats) - repeats
 
     count = int(np.sum(repeats))
@@ -114,7 +129,9 @@ def create(
         reserved_lens=reserved_lens,
         leaders=column(firsts),
         num_samples=column(repeats),
+        widths=column(widths),
         content=column(content),
+        branching=jax.tree.map(jnp.float32, branching or MEASURED),
         tokens_each=tokens_each,
         has_followers=any(request.follows is not None for request in requests),
         **{name: jnp.asarray(values, jnp.int32) for name, values in links.items()},
@@ -161,8 +178,8 @@ def _check_turns(requests: Sequence[Arrival]) -> None:
         followed.add(follows)
         before = requests[follows]
         require(
-            before.num_samples == request.num_samples == 1 and len(request.content) == 0,
-            f"request {number} follows {follows}: turns of a conversation have one sample each, "
+            before.num_sequences == request.num_sequences == 1 and len(request.content) == 0,
+            f"request {number} follows {follows}: turns of a conversation are one sequence each, "
             "and only the first has content",
         )
         known = before.prompt_len + before.output_len
@@ -173,8 +190,8 @@ def _check_turns(requests: Sequence[Arrival]) -> None:
         )
 
 
-def _check(number: int, request: Arrival, config: EngineConfig) -> None:
-    for name in ("prompt_len", "output_len", "num_samples"):
+def _check(number: int, request: Arrival, config: EngineConfig, shares: bool) -> None:
+    for name in ("prompt_len", "output_len", "num_samples", "num_beams"):
         value = getattr(request, name)
         require(value > 0, f"request {number}: {name}={value} must be positive")
     total = request.prompt_len + request.output_len
@@ -183,18 +200,37 @@ def _check(number: int, request: Arrival, config: EngineConfig) -> None:
         f"request {number}: {request.prompt_len} + {request.output_len} tokens are more than the "
         f"{config.max_seq_len} of a slot: raise pages_per_slot={config.pages_per_slot}",
     )
-    # The last output token is never computed, and samples share the full pages of their prompt.
+    # The last output token is never computed, and sequences share the full pages of their prompt,
+    # or need not run at once.
     pages = num_pages_for(total - 1, config.page_size)
     own = pages - request.prompt_len // config.page_size
-    needed = pages + (request.num_samples - 1) * own
+    needed = pages + ((request.num_sequences - 1) * own if shares else 0)
     require(
         needed <= config.num_pages,
         f"request {number} can need {needed} pages of the {config.num_pages} that there are",
     )
+
+
+def _check_sequences(number: int, request: Arrival, config: EngineConfig) -> None:
+    samples, beams = request.num_samples, request.num_beams
     limit = min(config.num_slots, config.num_requests)
     require(
-        request.num_samples <= limit,
-        f"request {number}: {request.num_samples} sequences are more than the {limit} that can run",
+        request.num_sequences <= limit,
+        f"request {number}: {request.num_sequences} sequences are more than the {limit} that can "
+        "run",
+    )
+    if beams == 1:
+        return
+    require(
+        samples == 1,
+        f"request {number}: num_samples={samples} and num_beams={beams}: a search draws no samples",
+    )
+    # What a search keeps has rows beside those of its beams.
+    limit = min(config.max_beams, config.num_requests // 2)
+    require(
+        beams <= limit,
+        f"request {number}: num_beams={beams} must be up to {limit}, the least of max_beams and "
+        "half of num_requests: raise them",
     )
 
 
