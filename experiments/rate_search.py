@@ -42,10 +42,8 @@ def search_all[C: tuple](
         futures = {case: pool.submit(search, case) for case in cases}
         for case, future in futures.items():
             found[case] = future.result()
-            print(
-                f"{', '.join(str(part) for part in case if part)}: {found[case]['rate']:.2f} requests/s",
-                flush=True,
-            )
+            name = ", ".join(str(part) for part in case if part)
+            print(f"{name}: {found[case]['rate']:.2f} requests/s", flush=True)
     return found
 
 
