@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.comparisons import Comparison
+from experiments.figure_list import Experiment
 from experiments.outcomes import Outcome
 
 PAGE = Path(__file__).parent / "report_page"
@@ -99,10 +100,10 @@ def cells(row: Comparison) -> str:
     )
 
 
-def table(rows: Iterable[str], caption: str, first: str = "") -> str:
+def table(rows: Iterable[str], caption: str, theirs: str = "Paper") -> str:
     """A table in a box of its own, in which it can be scrolled."""
-    head = f'{first}<th scope="col">What</th><th scope="col">Paper</th><th scope="col">Here</th>'
-    head += '<th scope="col">Difference</th><th scope="col">Range</th>'
+    columns = ("What", theirs, "Here", "Difference", "Range")
+    head = "".join(f'<th scope="col">{name}</th>' for name in columns)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(caption)}">'
         f"<table><caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead>"
@@ -114,17 +115,20 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     """All comparisons, a group a figure; what failed has a row that says so."""
     groups = []
     for outcome in outcomes:
-        link = f'<a href="#{outcome.experiment.name}">{html.escape(outcome.experiment.where)}</a>'
+        experiment = outcome.experiment
+        link = f'<a href="#{experiment.name}">{html.escape(experiment.where)}</a>'
+        head = (
+            f'<tr><th scope="rowgroup" colspan="5">{link} {html.escape(experiment.title)}</th></tr>'
+        )
         rows = [cells(row) for row in outcome.comparisons]
         if outcome.error is not None:
             rows = [f'<td colspan="5" class="failed">failed: {html.escape(outcome.error)}</td>']
-        elif outcome.last is None and outcome.experiment.is_simulated:
+        elif outcome.last is None and experiment.is_simulated:
             rows = ['<td colspan="5" class="missing">not run</td>']
         if rows:
-            name = f'<th scope="rowgroup" rowspan="{len(rows)}">{link}</th>'
-            body = "".join(f"<tr>{name if i == 0 else ''}{row}</tr>" for i, row in enumerate(rows))
-            groups.append(f"<tbody>{body}</tbody>")
-    return table(groups, "All comparisons", '<th scope="col">Figure</th>')
+            body = "".join(f"<tr>{row}</tr>" for row in rows)
+            groups.append(f"<tbody>{head}{body}</tbody>")
+    return table(groups, "All comparisons")
 
 
 def counts(outcomes: Sequence[Outcome]) -> str:
@@ -179,10 +183,11 @@ def section(outcome: Outcome) -> str:
             parts.append('<p class="note">Short settings (<code>--quick</code>): rough.</p>')
         if outcome.recordings:
             parts.append((PAGE / "page_map.html").read_text())
-        parts += [picture(path, experiment.alt, experiment.title) for path in outcome.pictures]
+        parts += [picture(path, experiment) for path in outcome.pictures]
         if outcome.comparisons:
             rows = [f"<tbody><tr>{cells(row)}</tr></tbody>" for row in outcome.comparisons]
-            parts.append(table(rows, f"{experiment.where}: paper and here"))
+            theirs = experiment.where.split(",")[0] if "Article" in experiment.where else "Paper"
+            parts.append(table(rows, f"{experiment.where}: {theirs.lower()} and here", theirs))
         else:
             parts.append(numbers(outcome.last))
     return "".join(parts) + provenance(outcome) + "</section>"
@@ -198,14 +203,16 @@ def failure(outcome: Outcome) -> str:
     )
 
 
-def picture(path: Path, alt: str, title: str) -> str:
+def picture(path: Path, experiment: Experiment) -> str:
     """In the page as data; where the window is narrow it scrolls in its box."""
-    data = base64.b64encode(path.read_bytes()).decode()
+    data, title = base64.b64encode(path.read_bytes()).decode(), html.escape(experiment.title)
+    alt = html.escape(experiment.alt) or title
     return (
         f'<figure><div class="scroll picture" tabindex="0" role="region" '
-        f'aria-label="{html.escape(title)}, picture"><img alt="{html.escape(alt or title)}" '
+        f'aria-label="{title}, picture"><img alt="{alt}" '
         f'src="data:image/png;base64,{data}"></div>'
-        f"<figcaption>{html.escape(alt or title)}</figcaption></figure>"
+        f"<figcaption>{html.escape(experiment.where)}. {title}, as "
+        f"<code>experiments.{experiment.name}</code> draws it.</figcaption></figure>"
     )
 
 

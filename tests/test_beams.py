@@ -229,6 +229,7 @@ def test_the_exhaustive_search_waits_longest_and_only_if_length_is_rewarded(pena
         assert length_at_end(search_of([1], 2, 8, penalty, patience), table) == length
 
 
+@pytest.mark.in_ci("paged-recompute", "paged-swap")
 @pytest.mark.parametrize(
     ("allocator", "mode"), [("paged", "recompute"), ("lru", "fine"), ("paged", "swap")]
 )
@@ -282,6 +283,7 @@ def roomy_with_beams():
     return build(setup_of(replace(CONFIG, max_beams=3, num_pages=60)))
 
 
+@pytest.mark.in_ci("fine")
 @pytest.mark.parametrize("mode", ["recompute", "fine"])
 def test_a_search_on_the_model_is_the_same_under_pressure(mode):
     request = Request("s", tuple(range(40, 52)), 9, n=3, num_beams=3, ignore_eos=True)

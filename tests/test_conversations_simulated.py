@@ -66,6 +66,7 @@ def test_a_turn_finds_all_full_pages_of_the_one_before():
     assert simulated(talks(2, 4)).cached_lens.max() == 0
 
 
+@pytest.mark.slow
 def test_conversations_do_not_find_each_other():
     alike = synthetic.multi_turn([[(9, 4), (2, 2)], [(9, 4), (2, 2)]], [0.0, 5.0], [1.0, 1.0])
     run = simulated(alike, CACHED["lru"])
@@ -88,6 +89,7 @@ def test_runs_of_decode_steps_do_not_pass_by_a_turn_that_is_due():
         np.testing.assert_array_equal(getattr(together, name), getattr(singly, name))
 
 
+@pytest.mark.slow
 def test_turns_wait_for_rows_like_everyone_and_samples_come_together():
     requests = talks(4, 2, gap_s=0.0)
     # Three of four rows are asked for at once, while turns come due.
@@ -137,6 +139,7 @@ def test_dialogues_are_rounds_one_after_the_other_as_far_as_they_fit():
     assert synthetic.dialogues_of(rounds, 13) == []
 
 
+@pytest.mark.slow
 def test_prompts_begin_alike_as_far_as_their_paths_agree():
     plain = [Arrival(float(i), 3, 2) for i in range(40)]
     rng = np.random.default_rng(0)

@@ -17,6 +17,7 @@ from jaxpage.model.placement import serving_params
 from jaxpage.scheduling.policies import POLICIES
 
 
+@pytest.mark.in_ci("apart-4-paged", "stacked-4-max")
 @pytest.mark.parametrize("allocator", ["paged", "max"])
 @pytest.mark.parametrize(("form", "num_slots"), [("apart", 4), ("stacked", 4), ("apart", 1)])
 def test_no_step_copies_the_pool(allocator, form, num_slots):
@@ -24,6 +25,7 @@ def test_no_step_copies_the_pool(allocator, form, num_slots):
     check_nothing_is_copied(allocator, form, num_slots)
 
 
+@pytest.mark.in_ci("fine")
 @pytest.mark.parametrize("preemption", ["fine", "swap"])
 def test_no_step_copies_the_pool_or_that_of_the_host(preemption):
     check_nothing_is_copied("lru", "apart", 4, preemption=preemption, host_pages=40_000)

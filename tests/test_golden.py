@@ -100,6 +100,7 @@ def test_outputs_are_the_references_singly_together_and_in_any_order():
     check_nothing_is_held(engine)
 
 
+@pytest.mark.in_ci("8-fine")
 @pytest.mark.parametrize("page_size, preemption", [(1, "recompute"), (8, "fine"), (64, "swap")])
 def test_a_pool_so_small_that_it_preempts_changes_no_token(page_size, preemption):
     engine = build(page_size, num_pages=pool_of(LONGEST, page_size) * 3 // 2, preemption=preemption)
@@ -171,6 +172,7 @@ def test_all_full_pages_of_a_prompt_asked_again_are_found():
     assert sum(record["num_found"] for record in journal.records) > 0
 
 
+@pytest.mark.in_ci("pow2")
 @pytest.mark.parametrize("allocator", ["max", "pow2", "oracle"])
 def test_every_contiguous_allocator_gives_the_same_tokens(allocator):
     engine = build(16, num_pages=24, allocator=allocator)

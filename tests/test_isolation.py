@@ -47,6 +47,7 @@ def run(engine: Engine, requests, is_poisoned: bool) -> tuple[list, int]:
     return list(found), int(held.num_preemptions.sum())
 
 
+@pytest.mark.in_ci("paged-10", "lru-10", "max-32")
 @pytest.mark.parametrize(
     ("allocator", "num_pages"),
     [("paged", 24), ("paged", 10), ("lru", 24), ("lru", 10), ("oracle", 32), ("max", 32)],
@@ -78,6 +79,7 @@ def stale_pages(engine: Engine) -> tuple[int, int]:
     return int(holds[is_free].sum()), int(sum(tail.sum() for tail in tails))
 
 
+@pytest.mark.in_ci("lru-host1")
 @pytest.mark.parametrize(
     ("allocator", "host"),
     [
@@ -115,6 +117,7 @@ def test_only_pages_are_wiped_one_by_one():
         build(setup_of(config, allocator="oracle"))
 
 
+@pytest.mark.in_ci("7")
 @pytest.mark.parametrize("prompt_len", [7, 8, 9])  # a last page with room, none, and almost all
 def test_sequences_that_share_a_prompts_pages_go_on_as_if_each_had_its_own(prompt_len):
     prompt = PROMPTS[-1][:prompt_len]

@@ -60,6 +60,7 @@ def test_lengths_at_every_edge_of_pages_blocks_and_splits():
     check(problem_of(EDGES))
 
 
+@pytest.mark.in_ci("{'sliding_window': 1}", "{'sm_scale'*")
 @pytest.mark.parametrize(
     "options",
     [
@@ -74,6 +75,12 @@ def test_options(options):
     check(problem_of((200, 1, 71)), **options)
 
 
+@pytest.mark.in_ci(
+    "{'num_kv_heads': 2, 'group': 3}-*",
+    "{'group': 40}-*",
+    "{'head_dim': 256, 'group': 9}-*",
+    "*stages=3*",
+)
 @pytest.mark.parametrize(
     ("shape", "tile"),
     [
@@ -181,6 +188,7 @@ def test_prompts_of_all_lengths_and_decodes_share_a_step():
     check(problem_of(lengths, q_lens, num_tokens=sum(q_lens) + 5))
 
 
+@pytest.mark.in_ci("{'sliding_window': 11}", "{'sm_scale'*")
 @pytest.mark.parametrize(
     "options",
     [
@@ -195,6 +203,7 @@ def test_options_of_ragged_steps(options):
     check(problem_of((150, 12, 71), (20, 12, 1)), **options)
 
 
+@pytest.mark.in_ci("{'num_kv_heads'*", "{'group': 24}")
 @pytest.mark.parametrize(
     "shape",
     [

@@ -47,13 +47,6 @@ CACHE_MODES = {
     "recompute, cache on the host": replace(RECOMPUTE, host_pages=5),
     "recompute, a page a step": replace(RECOMPUTE, host_pages=9, transfer_budget=1),
 }
-IN_CI = [
-    ("fine", "paged"),
-    ("fine, a page a step", "lru"),
-    ("recompute, cache on the host", "lru"),
-    ("recompute, cache on the host", "whole"),
-    ("auto", "lru"),
-]
 every_memory = pytest.mark.parametrize("allocator", ["lru", "paged"])
 submit = jax.jit(scheduler_state.submit)
 
@@ -190,14 +183,12 @@ asks_of = st.builds(
 
 
 every_case = [
-    pytest.param(mode, allocator, marks=[] if (mode, allocator) in IN_CI else [pytest.mark.slow])
-    for mode, allocator in [
-        *((mode, allocator) for mode in MODES for allocator in SHARED),
-        *((mode, cache) for mode in CACHE_MODES for cache in ("lru", "whole")),
-    ]
+    *((mode, allocator) for mode in MODES for allocator in SHARED),
+    *((mode, cache) for mode in CACHE_MODES for cache in ("lru", "whole")),
 ]
 
 
+@pytest.mark.in_ci("fine-paged", "auto-lru", "recompute, cache on the host-whole")
 @pytest.mark.parametrize(("mode", "allocator"), every_case)
 @given(workload=st.lists(asks_of, min_size=2, max_size=MOST_REQUESTS))
 @settings(deadline=None, max_examples=25)
@@ -221,6 +212,7 @@ def run(config: EngineConfig, allocator: str = "paged") -> Serving:
     return serving
 
 
+@pytest.mark.in_ci("paged")
 @every_memory
 def test_pages_that_come_back_are_not_computed_again(allocator):
     for mode in ("swap", "fine", "fine, a page a step"):
