@@ -283,7 +283,7 @@ def roomy_with_beams():
     return build(setup_of(replace(CONFIG, max_beams=3, num_pages=60)))
 
 
-@pytest.mark.in_ci("fine")
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["recompute", "fine"])
 def test_a_search_on_the_model_is_the_same_under_pressure(mode):
     request = Request("s", tuple(range(40, 52)), 9, n=3, num_beams=3, ignore_eos=True)
