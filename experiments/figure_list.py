@@ -108,7 +108,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         "A prefix that all prompts share",
         "What rate is sustained when all requests begin with the same examples.",
         "Curves of normalized latency by requests a second for prefixes of one and five examples.",
-        10,
+        5,
     ),
     Experiment(
         "fig17_chatbot",
@@ -116,7 +116,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         "A chatbot",
         "What rate is sustained when prompts are the end of a conversation.",
         "Curves of normalized latency by requests a second for paged and three ways to reserve.",
-        10,
+        5,
         takes=("turns", "quick"),
     ),
     Experiment(
@@ -154,7 +154,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         "What each allocator wastes of a pool where answers are short, and what page size adds.",
         "Stacked bars of KV memory for Max, Pow2, Oracle and paged; and a curve of the waste in "
         "last pages by page size.",
-        4,
+        3,
     ),
     Experiment(
         "claim_throughput",

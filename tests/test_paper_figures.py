@@ -217,6 +217,7 @@ def test_claim_throughput_in_short(tmp_path):
     assert rows[1]["batched_requests"] == 4  # of 4,096 tokens each
 
 
+@pytest.mark.slow
 def test_fig13_in_short(tmp_path):
     done = run_script("fig13_batched_requests", "--quick", "--turns=drawn", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr

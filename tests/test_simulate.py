@@ -55,7 +55,7 @@ def joined(logs, name: str) -> np.ndarray:
     return np.concatenate([log[name] for log in logs])
 
 
-@pytest.mark.in_ci("paged-config0", "lru-config2")
+@pytest.mark.in_ci("paged-config0")
 @pytest.mark.parametrize(
     ("allocator", "config"),
     [
@@ -99,7 +99,7 @@ def test_engine_and_simulator_make_identical_plans(allocator, config):
     )
 
 
-@pytest.mark.in_ci("paged-config1", "paged-config3")
+@pytest.mark.in_ci("paged-config3")
 @pytest.mark.parametrize(
     ("allocator", "config"),
     [

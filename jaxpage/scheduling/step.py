@@ -204,7 +204,11 @@ def _slot_order(state: SchedulerState, ranks: jax.Array) -> jax.Array:
     """Slots by rank, then arrival; empty ones last, `i32[B]`."""
     rank = of_slots(ranks, state.slots)
     arrival = of_slots(state.requests.arrivals, state.slots)
-    return jnp.lexsort((arrival, rank, ~state.running)).astype(jnp.int32)
+    # One key after the other: XLA's CPU sorts by a single one many times faster than by several.
+    order = jnp.argsort(arrival, stable=True)
+    order = order[jnp.argsort(rank[order], stable=True)]
+    order = order[jnp.argsort((~state.running[order]).astype(jnp.int32), stable=True)]
+    return order.astype(jnp.int32)
 
 
 def _split_budget(state: SchedulerState, order: jax.Array, config: EngineConfig) -> jax.Array:
