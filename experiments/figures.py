@@ -6,8 +6,8 @@ Each script of `experiments.figure_list` runs in a process of its own. Its files
 its name under --results, with its last line of stdout as NAME.json, what it printed as log.txt, and
 how it ended as run.json. One that has ended well with the same flags and the same code is not run
 again, so that what was interrupted can go on; --force runs it all the same. One that fails is told
-of in the report, and by the exit status. About an hour on two cores; with --quick some ten minutes.
-Expected: no failure, and in the report the numbers of the README.
+of in the report, and by the exit status. Over an hour on two cores (`figure_list` says what each
+takes); less with --quick. Expected: no failure, and in the report the numbers of the README.
 """
 
 import hashlib
