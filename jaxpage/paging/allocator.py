@@ -52,8 +52,8 @@ class Allocator[T]:
     to others. It returns the table and what it found of the sequence's tokens.
     `append(table, counts, max_new_pages)` makes room for tokens, as in `page_table.append`, and
     returns the table and what `page_table.Appended` says.
-    `enter(table, tokens, sequences, salts)` makes full pages findable for `admit`, row
-    `b` being sequence `sequences[b]` of `tokens: i32[R, N]`; `settle(table)` ends a step.
+    `enter(table, tokens, sequences, salts, rows)` makes full pages of `rows` findable for `admit`,
+    row `b` being sequence `sequences[b]` of `tokens: i32[R, N]`; `settle(table)` ends a step.
     `fitting(table, order, counts)` says which rows could append `counts` at once if all rows after
     them in `order` gave up their pages: a prefix of the order, `bool[B]`.
     `grows` says whether memory is taken page by page, or all at admission in a power of two pages.

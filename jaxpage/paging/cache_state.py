@@ -1,5 +1,8 @@
 """The prefix cache's state, and how cached pages wake, queue, and leave the pool and the host."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -103,8 +106,7 @@ def take(cache: PrefixCache, pages: jax.Array) -> PrefixCache:
     """Adds a reference to each of `pages: i32[n]`, a chain of the index; `P + H` is none."""
     owners, pages = first_read(at(cache.table.ref_counts, pages, fill=1), pages)
     wakes, hosted = owners == 0, cache.tier.is_hosted(pages)
-    for page in last_by_tier(cache, pages, wakes):
-        cache = unqueue(cache, page)
+    cache = _for_each(unqueue, cache, _last_by_tier(cache, pages, wakes))
     index = cache.index
     return cache.replace(
         table=cache.table.replace(ref_counts=cache.table.ref_counts.at[pages].add(1, mode="drop")),
@@ -221,6 +223,14 @@ def _drop(cache: PrefixCache, page: jax.Array) -> tuple[PrefixCache, jax.Array]:
     return cache, parent
 
 
+def enqueue_leaves(
+    cache: PrefixCache, chain: jax.Array, chosen: jax.Array, score: ScoreFn
+) -> PrefixCache:
+    """Queues those of `chain: i32[n]` that are `chosen: bool[n]`, cached, and followed by none."""
+    leaves = _last_by_tier(cache, chain, chosen)
+    return _for_each(partial(enqueue_leaf, score=score), cache, leaves)
+
+
 def enqueue_leaf(cache: PrefixCache, page: jax.Array, score: ScoreFn) -> PrefixCache:
     """Queues `page: i32[]` if it is a page, cached, and no page of its tier follows it."""
     index, hosted = cache.index, cache.tier.is_hosted(page)
@@ -250,16 +260,33 @@ def _tier_of(cache: PrefixCache, page: jax.Array) -> jax.Array | int:
     return jnp.where(cache.tier.is_hosted(page), HOST, POOL)
 
 
-def last_by_tier(cache: PrefixCache, chain: jax.Array, chosen: jax.Array) -> list[jax.Array]:
-    """The last of `chain: i32[n]` in each tier that is `chosen: bool[n]`, `P + H` if none is.
+def _for_each(
+    change: Callable[[PrefixCache, jax.Array], PrefixCache], cache: PrefixCache, pages: jax.Array
+) -> PrefixCache:
+    """The cache after `change` of each of `pages: i32[n]`, which may be none, lowest first.
+
+    A loop, for XLA's CPU makes one function of a loop of scalars, and many of the same in a line.
+    """
+
+    def change_next(carry):
+        cache, pages = carry
+        page = jnp.min(pages)
+        return change(cache, page), jnp.where(pages == page, cache.null, pages)
+
+    start = cache, pages
+    return lax.while_loop(lambda carry: jnp.any(carry[1] < cache.null), change_next, start)[0]
+
+
+def _last_by_tier(cache: PrefixCache, chain: jax.Array, chosen: jax.Array) -> jax.Array:
+    """The last of `chain: i32[n]` in each tier that is `chosen: bool[n]`, or none; `i32[tiers]`.
 
     No other page of a chain can be a leaf.
     """
     hosted = cache.tier.is_hosted(chain)
-    last = _last_of(chain, chosen & ~hosted, cache.null)
-    if cache.tier.num_pages == 0:
-        return [last]
-    return [last, _last_of(chain, chosen & hosted, cache.null)]
+    last = [_last_of(chain, chosen & ~hosted, cache.null)]
+    if cache.tier.num_pages > 0:
+        last.append(_last_of(chain, chosen & hosted, cache.null))
+    return jnp.stack(last)
 
 
 def _last_of(pages: jax.Array, chosen: jax.Array, null: int) -> jax.Array:

@@ -14,8 +14,7 @@ from jaxpage.paging import page_table, prefix_index
 from jaxpage.paging.cache_state import (
     PrefixCache,
     at,
-    enqueue_leaf,
-    last_by_tier,
+    enqueue_leaves,
     make_room,
     take,
 )
@@ -118,6 +117,4 @@ def _let_go(cache: PrefixCache, chain: jax.Array, pages: jax.Array, score: Score
         num_cached=cache.num_cached + jnp.sum(sleeps, dtype=jnp.int32),
     )
     line = jnp.concatenate([chain, pages])
-    for page in last_by_tier(cache, line, line < cache.null):
-        cache = enqueue_leaf(cache, page, score)
-    return cache
+    return enqueue_leaves(cache, line, line < cache.null, score)

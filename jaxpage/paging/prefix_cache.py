@@ -17,8 +17,7 @@ from jaxpage.paging import page_table, prefix_index, priority_queue, ragged, sta
 from jaxpage.paging.cache_state import (
     PrefixCache,
     at,
-    enqueue_leaf,
-    last_by_tier,
+    enqueue_leaves,
     make_room,
     take,
     unqueue,
@@ -150,18 +149,21 @@ def enter(
     tokens: jax.Array,
     sequences: jax.Array,
     salts: jax.Array,
+    rows: jax.Array | bool = True,
     *,
     hash_fn: HashFn,
 ) -> PrefixCache:
-    """Makes the rows' full pages findable.
+    """Makes full pages of `rows: bool[B]`, or of all, findable.
 
     Row `b` holds tokens of `tokens[sequences[b]]`, of `i32[R, N]`, with `salts: i32[R]`. Where an
     equal page is there already it is remembered as the row's twin, for `settle`. A turn of the loop
     takes `ENTRIES` pages, so that the work follows how many became full.
     """
     page_size, num_rows = cache.page_size, cache.lengths.shape[0]
+    pages_per_sequence = tokens.shape[1] // page_size
+    by_page = tokens.reshape(-1, page_size)
     pending = cache.lengths // page_size - cache.num_indexed
-    pending = jnp.where(cache.table.num_hosted > 0, 0, pending)
+    pending = jnp.where(rows & (cache.table.num_hosted == 0), pending, 0)
 
     def enter_some(carry):
         cache, pending = carry
@@ -169,16 +171,13 @@ def enter(
         row = flat.row
         column = at(cache.num_indexed, row) + flat.offset
         sequence = at(sequences, row, fill=tokens.shape[0])
-        slots = jnp.arange(page_size, dtype=jnp.int32)[None]
         before = cache.page_indices.at[row, jnp.maximum(column - 1, 0)].get(
             mode="fill", fill_value=cache.null
         )
         entries = Entries(
             pages=cache.page_indices.at[row, column].get(mode="fill", fill_value=cache.null),
             parents=jnp.where(column > 0, before, cache.index.root(at(salts, sequence))),
-            tokens=tokens.at[sequence[:, None], column[:, None] * page_size + slots].get(
-                mode="fill", fill_value=0
-            ),
+            tokens=at(by_page, sequence * pages_per_sequence + column),
             row=row,
             offset=flat.offset,
             depth=column,
@@ -300,9 +299,7 @@ def release(cache: PrefixCache, rows: jax.Array, *, score: ScoreFn) -> PrefixCac
             num_indexed=cache.num_indexed.at[row].set(0),
             twins=cache.twins.at[row].set(null),
         )
-        for page in last_by_tier(cache, kept, stays):
-            cache = enqueue_leaf(cache, page, score)
-        return cache, rows.at[row].set(False)
+        return enqueue_leaves(cache, kept, stays, score), rows.at[row].set(False)
 
     return lax.while_loop(lambda carry: jnp.any(carry[1]), release_next, (cache, rows))[0]
 
@@ -312,7 +309,7 @@ def violations(cache: PrefixCache) -> jax.Array:
 
     6. pages of the index that their bucket does not name once, or other pages that a bucket names;
     7. parents that are not in the index, or whose children are miscounted, or on the host before
-       a page of the pool;
+       a page of the pool; pages that are not in the index and said to have children;
     8. rows whose first `num_indexed` pages are not a chain of the index, or not full;
     9. pages that are queued and not leaves that nobody holds, or the reverse; or minima of blocks;
     10. a wrong count of cached pages, or a twin that is not in the index.
@@ -346,7 +343,8 @@ def violations(cache: PrefixCache) -> jax.Array:
         _count((named != expected) | (in_own != expected)),
         _count(orphans)
         + _count(stranded)
-        + _count(is_in & (children != index.num_children))
+        + _count(children != index.num_children)
+        + _count(~is_in & (index.newest_child != null))
         + _count(away != cache.hosted_children),
         _count(chained & ~follows) + _count(unfull),
         _broken(cache.queue, leaves),

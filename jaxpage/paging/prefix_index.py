@@ -27,7 +27,7 @@ class PrefixIndex(struct.PyTreeNode):
     """What is recorded of every page, and the buckets by which pages are found.
 
     `parents[p]` is the page before page `p`, `P + 1 + salt` at the start of a sequence, and `P`
-    where `p` is not in the index; the rest is meaningless there.
+    where `p` is not in the index; the rest is meaningless there, but that it has no children.
     """
 
     buckets: jax.Array  # i32[C, WAYS], pages; P where empty
@@ -137,12 +137,13 @@ def match(
     sums = jnp.sum(hash_fn(tokens, positions).reshape(by_page.shape), axis=1, dtype=jnp.uint32)
     digests = jnp.cumsum(sums) + _of_salt(salt, hash_fn)
 
-    candidates = index.buckets[bucket_of(index, digests)]
-    same = index.holds(candidates) & (_at(index.digests, candidates) == digests[:, None])
-    same &= jnp.all(_at(index.tokens, candidates) == by_page[:, None], axis=-1)
-    found = jnp.min(jnp.where(same, candidates, null), axis=1)
+    there = index.buckets[bucket_of(index, digests)]
+    alike = (there < null) & (_at(index.digests, there) == digests[:, None])
+    # The tokens of one page are compared: of several alike, all but one merely collide.
+    found = jnp.min(jnp.where(alike, there, null), axis=1)
+    same = jnp.all(_at(index.tokens, found) == by_page, axis=1)
     before = jnp.concatenate([index.root(salt)[None], found[:-1]])
-    proved = (found < null) & (_at(index.parents, found) == before) & (ends <= limit)
+    proved = (found < null) & same & (_at(index.parents, found) == before) & (ends <= limit)
     num_pages = jnp.sum(jnp.cumprod(proved.astype(jnp.int32)), dtype=jnp.int32)
     pages = jnp.where(ends <= num_pages * page_size, found, null)
 
@@ -249,11 +250,9 @@ def _record(index: PrefixIndex, entries: Entries, stays: jax.Array, step: jax.Ar
     null = index.num_pages
     pages = jnp.where(stays, entries.pages, null)
     parents = jnp.where(stays, entries.parents, null)
-    newest_child = index.newest_child.at[pages].set(null, mode="drop")
-    newest_child = newest_child.at[parents].set(null, mode="drop")
-    num_children = index.num_children.at[pages].set(0, mode="drop")
+    newest_child = index.newest_child.at[parents].set(null, mode="drop")
     return index.replace(
-        num_children=num_children.at[parents].add(1, mode="drop"),
+        num_children=index.num_children.at[parents].add(1, mode="drop"),
         newest_child=newest_child.at[parents].min(pages, mode="drop"),
         depth=index.depth.at[pages].set(entries.depth, mode="drop"),
         entered=index.entered.at[pages].set(step, mode="drop"),
@@ -286,17 +285,15 @@ def drop(index: PrefixIndex, page: jax.Array) -> tuple[PrefixIndex, jax.Array]:
 
 def _digests(index: PrefixIndex, entries: Entries, hash_fn: HashFn) -> jax.Array:
     """The digest of each entry: that of what stands before its row's entries, and their sums."""
-    page_size, is_first = index.page_size, entries.offset == 0
+    page_size, row, offset = index.page_size, entries.row, entries.offset
     slots = jnp.arange(page_size, dtype=jnp.int32)[None]
     sums = hash_fn(entries.tokens, entries.depth[:, None] * page_size + slots)
     sums = jnp.sum(sums, axis=1, dtype=jnp.uint32)
     salt = entries.parents - index.num_pages - 1
     before = jnp.where(salt >= 0, _of_salt(salt, hash_fn), _at(index.digests, entries.parents))
-    # Sums wrap around, and so do their differences: what stands before a row falls out.
-    until = jnp.cumsum(sums)
-    start = jnp.where(is_first, before - (until - sums), jnp.uint32(0))
-    place = lax.cummax(jnp.where(is_first, jnp.arange(sums.shape[0], dtype=jnp.int32), 0))
-    return until + start[place]
+    sums += jnp.where(offset == 0, before, jnp.uint32(0))
+    counts = (row[:, None] == row[None]) & (offset[:, None] >= offset[None])
+    return jnp.sum(jnp.where(counts, sums[None], jnp.uint32(0)), axis=1, dtype=jnp.uint32)
 
 
 def _of_salt(salt: jax.Array, hash_fn: HashFn) -> jax.Array:

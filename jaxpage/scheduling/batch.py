@@ -120,12 +120,17 @@ def whole_or_part(tokens: jax.Array, left: jax.Array, config: EngineConfig) -> j
 def take_pages(
     batch: Batch, counts: jax.Array, config: EngineConfig, allocator: Allocator
 ) -> Batch:
-    """Gives the rows pages for `counts` more tokens, and makes those findable that become full."""
+    """Gives the rows pages for `counts` more tokens."""
     table, taken = allocator.append(batch.table, counts, config.most_new_pages)
-    requests = batch.requests
-    table = allocator.enter(table, requests.tokens, batch.slots, requests.salts)
     return batch.replace(
         table=table,
         counts=batch.counts + counts,
         copies=batch.copies.then(taken.sources, taken.targets, config.num_pages),
     )
+
+
+def make_findable(batch: Batch, allocator: Allocator, rows: jax.Array | bool = True) -> Batch:
+    """Lets others find the pages of `rows: bool[B]`, or of all, that become full in this step."""
+    requests = batch.requests
+    table = allocator.enter(batch.table, requests.tokens, batch.slots, requests.salts, rows)
+    return batch.replace(table=table)

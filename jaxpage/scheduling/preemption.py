@@ -62,12 +62,8 @@ def make_way(
     victims = with_siblings(state.running & ~allocator.fitting(state.table, order, counts), state)
     before, lost = state.table.num_hosted, victims
     if config.host_pages > 0:
-        # If all are paused, the first needs its pages back, if need be from the others.
-        waits = paused(state, config)
-        first = with_siblings(_first(waits, order), state)
-        all_wait = jnp.any(waits) & ~jnp.any(state.running & ~waits)
-        back = jnp.where(all_wait, pages_on_host(state.table, first, config), 0)
-        victims |= state.running & ~first & (back > _available(state.table))
+        back, others = _back_at_once(state, order, config)
+        victims |= others
         counts = jnp.where(victims, 0, counts)
         if config.preemption != "recompute":
             again = _cheaper_again(state, victims, config)
@@ -91,6 +87,27 @@ def make_way(
         num_preempted=jnp.sum(made_way, dtype=jnp.int32),
     )
     return _compute_again(state, lost, allocator), way
+
+
+def _back_at_once(
+    state: SchedulerState, order: jax.Array, config: EngineConfig
+) -> tuple[jax.Array, jax.Array]:
+    """If all are paused, how many pages the first needs back; and who makes way for them.
+
+    That is `i32[]`, and `bool[B]`: all others, if so many cannot be had.
+    """
+
+    def some_wait():
+        waits = paused(state, config)
+        first = with_siblings(_first(waits, order), state)
+        all_wait = ~jnp.any(state.running & ~waits)
+        back = jnp.where(all_wait, pages_on_host(state.table, first, config), 0)
+        return back, state.running & ~first & (back > _available(state.table))
+
+    def nobody_waits():
+        return jnp.asarray(0, jnp.int32), jnp.zeros_like(state.running)
+
+    return lax.cond(jnp.any(state.table.num_hosted > 0), some_wait, nobody_waits)
 
 
 def _cheaper_again(state: SchedulerState, victims: jax.Array, config: EngineConfig) -> jax.Array:
