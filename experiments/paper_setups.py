@@ -1,6 +1,7 @@
 """The settings of the paper's evaluation (Kwon et al. 2023, section 6.1, table 1), and lengths."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,10 +137,27 @@ def define_length_flags() -> None:
     flags.DEFINE_integer("seed", 0, "The seed of what is drawn.")
 
 
-def lengths_by_flags(dataset: str, pairs: str | None = None) -> tuple[Lengths, str]:
+def other_lengths(dataset: str) -> Iterator[tuple[str, Lengths]]:
+    """Those by the other pairing rule, and of other means, than the flags say; with their names.
+
+    None where lengths are drawn.
+    """
+    if recorded_lengths(dataset)[0] is None:
+        return
+    rules = length_sets.PAIRING_RULES if dataset == "sharegpt" else (FLAGS.pairs,)
+    for rule, rescale in itertools.product(rules, (True, False)):
+        if (rule, rescale) != (FLAGS.pairs, FLAGS.rescale):
+            name = f"{rule} pairs, " * (dataset == "sharegpt")
+            name += "rescaled" if rescale else "as counted"
+            yield name, lengths_by_flags(dataset, rule, rescale)[0]
+
+
+def lengths_by_flags(
+    dataset: str, pairs: str | None = None, rescale: bool | None = None
+) -> tuple[Lengths, str]:
     """Those of `sharegpt` or `alpaca` up to `MAX_TOKENS` in all, and a sentence on their source.
 
-    ShareGPT's turns are paired by the rule `pairs`, by default that of the flag.
+    ShareGPT's turns are paired by the rule `pairs`, by default that of the flag, as is `rescale`.
     """
     found, source = recorded_lengths(dataset, pairs)
     means = PRINTED_MEANS[dataset]
@@ -150,7 +168,7 @@ def lengths_by_flags(dataset: str, pairs: str | None = None) -> tuple[Lengths, s
         )
     found = length_sets.within(found, MAX_TOKENS)
     require(len(found.prompts) > 0, f"{source}: no request of up to {MAX_TOKENS} tokens")
-    if FLAGS.rescale:
+    if FLAGS.rescale if rescale is None else rescale:
         found = length_sets.within(length_sets.rescaled(found, *means), MAX_TOKENS)
         source += ", in proportion to the printed means"
     return found, source
@@ -174,9 +192,14 @@ def recorded_lengths(dataset: str, pairs: str | None = None) -> tuple[Lengths | 
 def poisson_requests(dataset: str, num: int, rate: float) -> tuple[list[Arrival], str]:
     """`num` Poisson arrivals, `rate` a second, with lengths by lot; and where those are from."""
     lengths, source = lengths_by_flags(dataset)
+    return poisson_of(lengths, num, rate), source
+
+
+def poisson_of(lengths: Lengths, num: int, rate: float) -> list[Arrival]:
+    """`num` Poisson arrivals, `rate` a second, with `lengths` by lot."""
     rng = np.random.default_rng(FLAGS.seed)
     chosen = lengths.take(rng.choice(len(lengths.prompts), num))
-    return length_sets.requests_of(chosen, arrivals.poisson(rng, num, rate)), source
+    return length_sets.requests_of(chosen, arrivals.poisson(rng, num, rate))
 
 
 def define_page_sizes_flag() -> None:

@@ -30,7 +30,9 @@ FIG02, MAP, THROUGHPUT, FIG13 = (
 )
 LAST = {"commit": "abc1234", "jax": "0.12", "device": "cpu", "flags": {"requests": 7}}
 SHARES = {"token_states": 21.0, "reservation": 13.3, "internal": 57.3, "external": 8.9}
-FIG02_LAST = LAST | {name: SHARES for name in plots.LABELS} | {"lengths": "turns.csv & more"}
+FIG02_LAST = (
+    LAST | {name: SHARES for name in plots.LABELS} | {"lengths": "turns.csv & more", "others": {}}
+)
 
 
 def seen_in(simulation) -> dict:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,8 +21,10 @@ from experiments import (
     fig13_batched_requests,
     fig15_sharing_savings,
     fig18_ablation,
+    paper_setups,
 )
 from experiments.paper_setups import SETUPS, Setup
+from experiments.plots import LABELS
 from jaxpage.config import ConfigError, EngineConfig
 from jaxpage.sim import runs
 from jaxpage.sim.lengths import Lengths
@@ -184,9 +187,10 @@ LASTS = [
         {
             name: {"token_states": 20.0, "reservation": 13, "internal": 58, "external": 9}
             for name in ("max", "pow2", "oracle", "paged")
-        },
-        ("Max: holds tokens", 20.4, 20.0),
-        4 + 4 + 3 + 1,  # of Oracle three are printed, of vLLM one
+        }
+        | {"others": {"all pairs, rescaled": {name: {"token_states": 21.0} for name in LABELS}}},
+        ("Max: holds tokens (all pairs, rescaled)", 20.4, 21.0),
+        4 + 4 + 3 + 1 + 4,  # of Oracle three are printed, of vLLM one; and one each of others
     ),
     (
         fig12_single_sequence,
@@ -199,9 +203,10 @@ LASTS = [
         {
             name: {"max": 7.0, "pow2": 9.0, "oracle": 13.0, "paged": 20.0}
             for name in ("sharegpt", "alpaca")
-        },
-        ("alpaca, Oracle: requests batched", 72.75, 13.0),
-        8,
+        }
+        | {"others": {"sharegpt": {}, "alpaca": {"as counted": dict.fromkeys(LABELS, 9.0)}}},
+        ("alpaca, Oracle: requests batched (as counted)", 72.75, 9.0),
+        12,
     ),
     (
         fig18_ablation,
@@ -254,3 +259,32 @@ def test_sizes_are_held_against_the_article_only_if_they_are_its_own():
     assert by_what(claim_kv_size, last)["KV of 256 users"] == (336.0, pytest.approx(343.6, abs=0.1))
     table_alone = by_what(claim_kv_size, last | {"flags": {"users": 2}})
     assert list(table_alone)[:2] == ["opt-13b: parameters", "opt-13b: slots for KV"]
+
+
+def test_lengths_are_taken_by_the_other_rules_too(monkeypatch):
+    """Two pairing rules, with means as printed and as counted, but what the flags say already."""
+    pairs = {"first": Lengths(np.array([10, 30]), np.array([5, 7])), "all": _lengths(3)}
+
+    def recorded(dataset: str, rule: str | None = None):
+        return (pairs[rule or "first"], "a file") if dataset != "drawn" else (None, "drawn")
+
+    flags = SimpleNamespace(pairs="first", rescale=True, seed=0)
+    monkeypatch.setattr(paper_setups, "FLAGS", flags)
+    monkeypatch.setattr(paper_setups, "recorded_lengths", recorded)
+    others = dict(paper_setups.other_lengths("sharegpt"))
+    assert list(others) == [
+        "first pairs, as counted",
+        "all pairs, rescaled",
+        "all pairs, as counted",
+    ]
+    np.testing.assert_array_equal(others["first pairs, as counted"].prompts, [10, 30])
+    means = others["all pairs, rescaled"].means
+    np.testing.assert_allclose(means, paper_setups.PRINTED_MEANS["sharegpt"], atol=0.5)
+    assert others["all pairs, as counted"].means == pairs["all"].means
+    flags.rescale = False
+    assert list(dict(paper_setups.other_lengths("alpaca"))) == ["rescaled"]
+    assert list(paper_setups.other_lengths("drawn")) == []
+
+
+def _lengths(num: int) -> Lengths:
+    return Lengths(np.arange(1, num + 1), np.arange(num, 0, -1))
