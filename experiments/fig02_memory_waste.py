@@ -5,7 +5,7 @@
 OPT-13B on one A100 with the 12 GiB of KV that the paper gives it, simulated with the engine's own
 scheduler: ShareGPT's requests, all there from the start, so that memory is full. Shares are means
 over the steps in which requests wait for memory. DIR gets `fig02.jsonl`, a row an allocator, and
-`fig02.png`. About three minutes on one core; --quick is seconds, of fewer requests. Expected: Max
+`fig02.png`. A minute and a half on one core; --quick is seconds, of fewer requests. Expected: Max
 within 2 percentage points of the paper in each share, the others within 4. Refuted if not. The
 shares depend on how lengths are spread: beside those of --pairs and --rescale stand those of the
 other pairing rule, and of lengths as they were counted (--others).

@@ -9,7 +9,7 @@ Under the others it hangs on how long a step takes, which was another engine's i
 the calibrated model gives stands the overhead of a step with which it would give the printed value,
 found by bisection (`--search`). Lengths by the other pairing rule, and as they were counted, stand
 beside those of --pairs and --rescale (`--others`). DIR gets `fig13.jsonl`, a row a case, and
-`fig13.png`. About six minutes on one core; --quick is seconds. Expected: Max 7.00 in both, Pow2 and
+`fig13.png`. Five minutes on one core; --quick is seconds. Expected: Max 7.00 in both, Pow2 and
 Oracle on ShareGPT within a tenth of the paper. Refuted if not.
 """
 

@@ -79,7 +79,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         "Requests batched",
         "How many requests run at once under each allocator at the paper's rates.",
         "Bars of the mean number of batched requests, the paper's beside ours, for two data sets.",
-        4,
+        5,
         takes=(*LENGTHS, "quick"),
     ),
     Experiment(

@@ -6,9 +6,10 @@
 The engine's own scheduler runs under the cost model (WORKSPACE.md): nothing is computed, and times
 are what the calibrated kernels would take. DIR gets `requests.jsonl`, a row a request, `steps.csv`,
 a row a step, and `summary.json`. Seconds to minutes on one core, some thousand requests a second
-where prompts are short. Expected: what the same scheduler would do on that device, as far as the
-cost model is right (README.md says how far); what a host-bound engine adds to each step is not in
-it, but for --overhead_s.
+where prompts are short. With --limit_s it is first found how fast requests can come, at random, so
+that their mean normalized latency stays within that, and DIR tells of that rate. Expected: what the
+same scheduler would do on that device, as far as the cost model is right (README.md says how far);
+what a host-bound engine adds to each step is not in it, but for --overhead_s.
 """
 
 import json
@@ -21,11 +22,12 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments import common
-from jaxpage.config import PREEMPTION_MODES, EngineConfig, require
+from jaxpage.config import PREEMPTION_MODES, ConfigError, EngineConfig, require
 from jaxpage.paging.allocator import ALLOCATORS, CACHED, Allocator
 from jaxpage.scheduling.policies import POLICIES
 from jaxpage.sim import arrivals, cost_model, runs, synthetic, trace_files
 from jaxpage.sim import lengths as length_sets
+from jaxpage.sim.capacity import capacity
 from jaxpage.sim.cost_model import CostModel
 from jaxpage.sim.device import DEVICES, find_device
 from jaxpage.sim.efficiencies import read_efficiencies
@@ -93,6 +95,13 @@ def define_trace_flags() -> None:
     flags.DEFINE_integer(
         "requests", None, "How many (or conversations) to take; by default all.", lower_bound=1
     )
+    flags.DEFINE_float(
+        "limit_s",
+        None,
+        "Find the highest rate at which mean normalized latency, s/token, is within this (the "
+        "paper's measure of capacity) and serve at that; the search begins at --rate or at 1.",
+        lower_bound=1e-9,
+    )
     flags.DEFINE_integer("seed", 0, "The seed of arrivals.")
 
 
@@ -132,33 +141,50 @@ def define_serving_flags() -> None:
 
 def main(_: list[str]) -> None:
     out = common.make_folder(FLAGS.out)
-    recorded = trace_by_flags()
-    cost = cost_by_flags()
-    config, allocator = config_by_flags(cost, recorded), allocator_by_flags()
+    cost, rate = cost_by_flags(), FLAGS.rate
+    found = {}
+    if FLAGS.limit_s is not None:
+        rate = capacity(lambda rate: latency_s(rate, cost), FLAGS.limit_s, rate or 1.0)
+        found = {"limit_s": FLAGS.limit_s, "capacity_per_s": rate}
+    recorded = trace_of(rate)
     start_s = time.perf_counter()
-    with tqdm(total=len(recorded.requests), unit="request", disable=None) as bar:
-        run = runs.run(
-            recorded.requests,
-            cost,
-            config,
-            allocator,
-            POLICIES[FLAGS.policy],
-            tokens_each=recorded.tokens_each,
-            on_progress=lambda done: bar.update(done - bar.n),
-        )
+    run, config = serve(recorded, cost)
     wall_s = time.perf_counter() - start_s
-    row = summary(run, config) | {"wall_s": wall_s}
+    row = summary(run, config) | found | {"wall_s": wall_s}
     row["simulated_requests_per_wall_s"] = len(recorded.requests) / wall_s
     write(out, run, row | common.provenance())
     common.print_last_line(row | common.provenance())
 
 
-def trace_by_flags() -> Recorded:
-    """The requests of `--trace`, with times."""
+def serve(recorded: Recorded, cost: CostModel) -> tuple[Run, EngineConfig]:
+    config = config_by_flags(cost, recorded)
+    with tqdm(total=len(recorded.requests), unit="request", disable=None) as bar:
+        run = runs.run(
+            recorded.requests,
+            cost,
+            config,
+            allocator_by_flags(),
+            POLICIES[FLAGS.policy],
+            tokens_each=recorded.tokens_each,
+            on_progress=lambda done: bar.update(done - bar.n),
+        )
+    return run, config
+
+
+def latency_s(rate: float, cost: CostModel) -> float:
+    """The mean normalized latency at `rate`, which it also says."""
+    run, _ = serve(trace_of(rate), cost)
+    mean_s = float(np.mean(run.timeline.normalized_latency_s))
+    print(f"{rate:.4g} requests/s: {mean_s:.4g} s/token", flush=True)
+    return mean_s
+
+
+def trace_of(rate: float | None) -> Recorded:
+    """The requests of `--trace`, at their own times or at `rate`."""
     if FLAGS.trace_format == TURNS:
         require(not FLAGS.prefix_tree, "--prefix_tree goes with traces whose turns are apart")
-        return conversations_by_flags()
-    recorded = retimed(trace_files.read(Path(FLAGS.trace), FLAGS.trace_format))
+        return conversations_of(rate)
+    recorded = retimed(trace_files.read(Path(FLAGS.trace), FLAGS.trace_format), rate)
     if not FLAGS.prefix_tree:
         return recorded
     rng = np.random.default_rng(FLAGS.seed)
@@ -166,15 +192,16 @@ def trace_by_flags() -> Recorded:
     return recorded._replace(requests=requests, tokens_each=1)
 
 
-def conversations_by_flags() -> Recorded:
-    require(FLAGS.rate is not None, "conversations have no times: say how fast they open by --rate")
+def conversations_of(rate: float | None) -> Recorded:
+    if rate is None:
+        raise ConfigError("conversations have no times: say how fast they open by --rate")
     turns = length_sets.read_turns(Path(FLAGS.trace), FLAGS.token_column)
     rounds = length_sets.rounds_of(turns, bos=0)
     dialogues = synthetic.dialogues_of(rounds, FLAGS.max_tokens or MOST_TOKENS)
     num = FLAGS.requests or len(dialogues)
     require(0 < num <= len(dialogues), f"--requests={num}: {FLAGS.trace} has {len(dialogues)}")
     rng = np.random.default_rng(FLAGS.seed)
-    opens_s = arrivals.poisson(rng, num, FLAGS.rate).tolist()
+    opens_s = arrivals.poisson(rng, num, rate).tolist()
     pauses_s = iter(lambda: float(rng.exponential(FLAGS.think_s)), None)
     requests = synthetic.multi_turn(dialogues[:num], opens_s, pauses_s)
     return Recorded(requests, tokens_each=1, has_times=True)
@@ -192,10 +219,10 @@ def levels_by_flag() -> list[Level]:
     return levels
 
 
-def retimed(recorded: Recorded) -> Recorded:
-    """As many requests as asked for, at their own times or at `--rate`."""
+def retimed(recorded: Recorded, rate: float | None) -> Recorded:
+    """As many requests as asked for, at their own times or at `rate`."""
     require(
-        recorded.has_times or FLAGS.rate is not None,
+        recorded.has_times or rate is not None,
         f"--trace_format={FLAGS.trace_format} has no times: say how fast they come with --rate",
     )
     requests = recorded.requests[: FLAGS.requests]
@@ -204,8 +231,8 @@ def retimed(recorded: Recorded) -> Recorded:
             len(requests) == FLAGS.requests,
             f"--requests={FLAGS.requests}: {FLAGS.trace} has {len(requests)}",
         )
-    if FLAGS.rate is not None:
-        times_s = arrivals.poisson(np.random.default_rng(FLAGS.seed), len(requests), FLAGS.rate)
+    if rate is not None:
+        times_s = arrivals.poisson(np.random.default_rng(FLAGS.seed), len(requests), rate)
         requests = [
             replace(request, arrival_s=float(time_s))
             for request, time_s in zip(requests, times_s, strict=True)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -256,6 +257,24 @@ def test_simulate_writes_requests_steps_and_a_summary(tmp_path, trace):
     assert len(steps) == last["steps"] == 30 * 9
     busy_s = sum(float(step["seconds"]) for step in steps)
     assert busy_s == pytest.approx(last["busy_s"])
+
+
+def test_simulate_finds_the_highest_rate_within_a_limit(tmp_path, trace):
+    out = tmp_path / "out"
+    flags = (f"--trace={trace}", "--trace_format=azure", f"--out={out}", "--num_slots=8")
+    done = run_script("simulate", "--model=llama-3.1-8b", "--limit_s=0.02", *flags)
+    assert done.returncode == 0, done.stderr
+    *lines, text = done.stdout.splitlines()
+    last = json.loads(text)
+    points = [tuple(float(word) for word in re.findall(r"[\d.]+", line)) for line in lines]
+    within = [rate for rate, latency_s in points if latency_s <= 0.02]
+    beyond = [rate for rate, latency_s in points if latency_s > 0.02]
+    assert max(within) < min(beyond) < 1.031 * max(within)
+    assert last["capacity_per_s"] == pytest.approx(max(within), rel=1e-3)
+    # What is told is of that rate: where memory was, and when tokens came.
+    assert 0.015 < last["normalized_latency_mean_s"] <= 0.02
+    assert last["mean_batched_requests"] > 1
+    assert json.loads((out / "summary.json").read_text()) == last
 
 
 def test_simulate_refuses_what_it_cannot_do(tmp_path, trace):

@@ -23,7 +23,7 @@ def capacity(
     if latency_s(start) <= limit_s:
         while latency_s(high := 2 * low) <= limit_s:
             low = high
-            require(low < start * 1e9, f"no rate takes longer than {limit_s} s")
+            require(low < start * 1e9, f"no rate takes longer than {limit_s} s: take more requests")
     else:
         while latency_s(low := high / 2) > limit_s:
             high = low
