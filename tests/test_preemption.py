@@ -19,15 +19,34 @@ from scripted_serving import EOS_IDS, MOST_REQUESTS
 from jaxpage.config import ConfigError, EngineConfig, Prices
 from jaxpage.engine.step import move_pages
 from jaxpage.paging import kv_pool
-from jaxpage.paging.allocator import ALLOCATORS, CACHED, WHOLE_CACHED
+from jaxpage.paging.allocator import ALLOCATORS, CACHED, WHOLE_CACHED, Allocator
 from jaxpage.paging.kv_pool import KvPool
+from jaxpage.paging.tiers import Movable
 from jaxpage.scheduling import state as scheduler_state
 from jaxpage.scheduling.accounting import StepRecord, record_step
 from jaxpage.scheduling.policies import POLICIES
 from jaxpage.scheduling.state import DONE, Sampling, waiting_request
 from jaxpage.scheduling.step import Outcome, commit_step, plan_step
 
+
+def looking_anew(allocator: Allocator) -> Allocator:
+    """Which looks through the pool after each move for what may go next."""
+    ops = allocator.tier
+    assert ops is not None
+
+    def movable(table, rows):
+        now = ops.movable(table, rows).now
+        return Movable(theirs=jnp.broadcast_to(rows[:, None], now.shape), now=now)
+
+    def moved(table, entries, page):
+        del page
+        return movable(table, entries.theirs[:, 0])
+
+    return replace(allocator, tier=ops._replace(movable=movable, moved=moved))
+
+
 SHARED = {"paged": ALLOCATORS["paged"], "lru": CACHED["lru"], "whole": WHOLE_CACHED["lru"]}
+ANEW = {f"{name}, looking anew": looking_anew(SHARED[name]) for name in ("paged", "lru")}
 RECOMPUTE = EngineConfig(
     num_slots=4, num_pages=9, page_size=2, pages_per_slot=6, num_requests=8, token_buckets=(8,)
 )
@@ -58,7 +77,7 @@ def empty_pool(num_pages: int, page_size: int) -> KvPool:
 
 @functools.cache
 def compile_step(config: EngineConfig, allocator_name: str, policy: str = "fcfs"):
-    allocator = SHARED[allocator_name]
+    allocator = (SHARED | ANEW)[allocator_name]
     N, S = config.max_seq_len, config.page_size
 
     @functools.partial(jax.jit, donate_argnames=("pool", "host"))
@@ -103,7 +122,7 @@ class Serving:
     def __init__(self, config: EngineConfig, allocator: str):
         self.config, self.allocator = config, allocator
         self.step_fn = compile_step(config, allocator)
-        self.state = scheduler_state.create(config, SHARED[allocator])
+        self.state = scheduler_state.create(config, (SHARED | ANEW)[allocator])
         self.pool = empty_pool(config.num_pages, config.page_size)
         host = empty_pool(config.host_pages, config.page_size)
         self.host = jax.device_put(host, jax.memory.Space.Host)
@@ -139,7 +158,11 @@ class Serving:
         assert broken.tolist() == [0, 0]
         assert wrong == 0
         # A cached page that pages of the host follow goes there whatever the budget is.
-        assert self.allocator != "paged" or plan.moves_out.count <= self.config.moves_at_most
+        assert (
+            "lru" in self.allocator
+            or self.allocator == "whole"
+            or plan.moves_out.count <= self.config.moves_at_most
+        )
         assert plan.moves_in.count <= self.config.moves_at_most
         shares = ("token_states", "reservation", "internal", "external", "cached", "idle")
         pool = self.config.num_pages * self.config.page_size
@@ -197,6 +220,21 @@ def test_whatever_makes_way_prints_what_it_would_have_printed(mode, allocator, w
     serving.submit(*workload)
     serving.finish()
     check(serving, workload)
+
+
+@pytest.mark.in_ci("fine-lru")
+@pytest.mark.parametrize("allocator", ["lru", "paged"])
+@pytest.mark.parametrize("mode", ["fine", "swap", "fine, small host"])
+@given(workload=st.lists(asks_of, min_size=3, max_size=MOST_REQUESTS))
+@settings(deadline=None, max_examples=25)
+def test_what_may_go_next_is_what_a_look_through_the_pool_finds(mode, allocator, workload):
+    serving, other = (
+        Serving(MODES[mode], name) for name in (allocator, f"{allocator}, looking anew")
+    )
+    for each in (serving, other):
+        each.submit(*workload)
+    while bool(jnp.any(serving.state.unfinished)):
+        jax.tree.map(np.testing.assert_array_equal, serving.step(), other.step())
 
 
 # Three that grow past the pool's 9 pages together: 12 tokens each at their end.

@@ -19,10 +19,18 @@ from jaxpage.paging.in_place import first_read
 from jaxpage.paging.page_table import PageTable
 
 
+class Movable(NamedTuple):
+    """Entries of a table whose pages may go to the host, `bool[B, M]` each."""
+
+    theirs: jax.Array  # the page is in the pool, and nobody else holds it
+    now: jax.Array  # of these, no page of the pool follows it in the index
+
+
 class TierOps(NamedTuple):
     """The verbs of one kind of table with a host tier; `PAGED` says what each does."""
 
-    movable: Callable[..., jax.Array]
+    movable: Callable[..., Movable]
+    moved: Callable[..., Movable]
     move_out: Callable[..., Any]
     move_in: Callable[..., Any]
     demand: Callable[..., jax.Array]  # (table, counts) -> pages that each row needs, i32[B]
@@ -31,8 +39,8 @@ class TierOps(NamedTuple):
     take_freed: Callable[..., tuple]  # as in `page_table.take_freed`
 
 
-def movable(table: PageTable, rows: jax.Array) -> jax.Array:
-    """Entries whose page is in the pool and held by nobody but `rows: bool[B]`, `bool[B, M]`.
+def movable(table: PageTable, rows: jax.Array) -> Movable:
+    """Entries whose page is in the pool and held by nobody but `rows: bool[B]`.
 
     The work follows the pool's size.
     """
@@ -40,15 +48,35 @@ def movable(table: PageTable, rows: jax.Array) -> jax.Array:
     holders = jnp.zeros_like(table.ref_counts).at[entries].add(1, mode="drop")
     only_theirs = holders == table.ref_counts
     only_theirs = only_theirs.at[entries].get(mode="fill", fill_value=False)
-    return only_theirs & ~table.tier.is_hosted(entries)
+    theirs = only_theirs & ~table.tier.is_hosted(entries)
+    return Movable(theirs, theirs)
 
 
-def movable_cached(cache: PrefixCache, rows: jax.Array) -> jax.Array:
+def moved(table: PageTable, entries: Movable, page: jax.Array) -> Movable:
+    """What `movable` would say of the same rows now that `page: i32[]` is on the host."""
+    stays = table.page_indices != page
+    return Movable(entries.theirs & stays, entries.now & stays)
+
+
+def movable_cached(cache: PrefixCache, rows: jax.Array) -> Movable:
     """`movable`; a page stays until those of the pool that follow it in the index have left."""
-    pages = cache.page_indices
-    followers = at(cache.index.num_children, pages) - at(cache.hosted_children, pages)
-    is_leaf = (followers == 0) | ~cache.index.holds(pages)
-    return movable(cache.table, rows) & is_leaf
+    pages, theirs = cache.page_indices, movable(cache.table, rows).theirs
+    is_leaf = (_followers(cache, pages) == 0) | ~cache.index.holds(pages)
+    return Movable(theirs, theirs & is_leaf)
+
+
+def moved_cached(cache: PrefixCache, entries: Movable, page: jax.Array) -> Movable:
+    """`moved`; the page's parent may have become the last of the pool."""
+    parent = at(cache.index.parents, page, fill=cache.null)
+    parent = jnp.where(_followers(cache, parent) == 0, parent, cache.null)
+    is_last = (cache.page_indices == parent) & (parent < cache.null)
+    theirs, now = moved(cache.table, entries, page)
+    return Movable(theirs, now | (theirs & is_last))
+
+
+def _followers(cache: PrefixCache, pages: jax.Array) -> jax.Array:
+    """How many pages of the pool follow each of `pages: i32[...]` in the index."""
+    return at(cache.index.num_children, pages) - at(cache.hosted_children, pages)
 
 
 def move_out(table: PageTable, row: jax.Array, column: jax.Array) -> PageTable:
@@ -104,6 +132,7 @@ def _take_freed_cached(cache: PrefixCache, copied: jax.Array):
 
 PAGED = TierOps(
     movable,
+    moved,
     move_out,
     move_in,
     demand=page_table.demand,
@@ -117,6 +146,7 @@ def with_prefix_cache(score: ScoreFn, whole: bool = False) -> TierOps:
     """The verbs of a page table with a prefix cache."""
     return TierOps(
         movable=movable_cached,
+        moved=moved_cached,
         move_out=partial(move_out_cached, score=score),
         move_in=move_in_cached,
         demand=lambda cache, counts: page_table.demand(cache.table, counts),

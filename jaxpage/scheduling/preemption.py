@@ -22,7 +22,7 @@ from jax import lax
 from jaxpage.config import EngineConfig
 from jaxpage.paging.allocator import Allocator, Table
 from jaxpage.paging.page_table import num_pages_for
-from jaxpage.paging.tiers import TierOps
+from jaxpage.paging.tiers import Movable, TierOps
 from jaxpage.scheduling.batch import Batch, owed_pages, pages_on_host
 from jaxpage.scheduling.state import PREEMPTED, SchedulerState
 
@@ -205,25 +205,27 @@ def _move_out(
         limit = jnp.minimum(need, jnp.maximum(limit - table.tier.outs.count, 0))
     rank = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=jnp.int32))
 
-    def next_entry(table: Table):
-        entries = ops.movable(table, victims)
-        has_any = jnp.any(entries, axis=1)
+    def next_entry(table: Table, entries: Movable):
+        has_any = jnp.any(entries.now, axis=1)
         row = jnp.argmax(jnp.where(has_any, rank, -1)).astype(jnp.int32)
-        column = jnp.max(jnp.where(entries[row], jnp.arange(entries.shape[1]), 0))
+        column = jnp.max(jnp.where(entries.now[row], jnp.arange(entries.now.shape[1]), 0))
         has_room = table.tier.num_free + table.num_host_cached > 0
         return row, column.astype(jnp.int32), jnp.any(has_any) & has_room
 
     def is_left(carry):
-        _, num_moved, (_, _, is_there) = carry
+        _, _, num_moved, (_, _, is_there) = carry
         return is_there & (num_moved < limit)
 
     def move_one(carry):
-        table, num_moved, (row, column, _) = carry
+        table, entries, num_moved, (row, column, _) = carry
+        page = table.page_indices[row, column]
         table = ops.move_out(table, row, column)
-        return table, num_moved + 1, next_entry(table)
+        entries = ops.moved(table, entries, page)
+        return table, entries, num_moved + 1, next_entry(table, entries)
 
-    start = (table, jnp.asarray(0, jnp.int32), next_entry(table))
-    table, num_moved, _ = lax.while_loop(is_left, move_one, start)
+    entries = ops.movable(table, victims)
+    start = (table, entries, jnp.asarray(0, jnp.int32), next_entry(table, entries))
+    table, _, num_moved, _ = lax.while_loop(is_left, move_one, start)
 
     fails = num_moved < jnp.minimum(need, limit)
     stalls = jnp.zeros_like(demand, jnp.bool_)
