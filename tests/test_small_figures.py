@@ -181,16 +181,24 @@ def test_waste_is_told_of_the_pool_and_of_what_is_reserved():
 
 
 # Last lines of scripts, in short, and a row that each is to give.
+WASTE = {"token_states": 20.0, "reservation": 13, "internal": 58, "external": 9}
+BATCHES = {
+    name: {"max": 7.0, "pow2": 9.0, "oracle": 13.0, "paged": 20.0}
+    for name in ("sharegpt", "alpaca")
+}
 LASTS = [
     (
         fig02_memory_waste,
-        {
-            name: {"token_states": 20.0, "reservation": 13, "internal": 58, "external": 9}
-            for name in ("max", "pow2", "oracle", "paged")
-        }
+        {name: WASTE for name in LABELS} | {"others": {}},
+        ("Max: holds tokens", 20.4, 20.0),
+        4 + 4 + 3 + 1,  # of Oracle three are printed, of vLLM one
+    ),
+    (
+        fig02_memory_waste,
+        {name: WASTE for name in LABELS}
         | {"others": {"all pairs, rescaled": {name: {"token_states": 21.0} for name in LABELS}}},
         ("Max: holds tokens (all pairs, rescaled)", 20.4, 21.0),
-        4 + 4 + 3 + 1 + 4,  # of Oracle three are printed, of vLLM one; and one each of others
+        4 + 4 + 3 + 1 + 4,  # and one of each allocator
     ),
     (
         fig12_single_sequence,
@@ -200,10 +208,13 @@ LASTS = [
     ),
     (
         fig13_batched_requests,
-        {
-            name: {"max": 7.0, "pow2": 9.0, "oracle": 13.0, "paged": 20.0}
-            for name in ("sharegpt", "alpaca")
-        }
+        BATCHES | {"others": {"sharegpt": {}, "alpaca": {}}},
+        ("alpaca, Oracle: requests batched", 72.75, 13.0),
+        8,
+    ),
+    (
+        fig13_batched_requests,
+        BATCHES
         | {"others": {"sharegpt": {}, "alpaca": {"as counted": dict.fromkeys(LABELS, 9.0)}}},
         ("alpaca, Oracle: requests batched (as counted)", 72.75, 9.0),
         12,
