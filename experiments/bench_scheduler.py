@@ -5,12 +5,14 @@
 One JSON row a size: microseconds a step of `plan_step` + `commit_step`, in the compiled loop, while
 sequences arrive, run and end under a fake executor. About two minutes. Expected: growth about
 linear in slots, none with the pool ten times larger; a tenth of a millisecond at 256 slots.
-It would be refuted by a step that scans the pool.
+It would be refuted by a step that scans the pool. With --beside_bare --eviction=lru
+--preemption=fine --max_beams=4, so with all features on, the ratio should be at most 2.
 """
 
 import itertools
 import json
 import time
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -46,6 +48,11 @@ def define_flags() -> None:
     flags.DEFINE_enum("preemption", "recompute", PREEMPTION_MODES, "The mode of preemption.")
     flags.DEFINE_integer("max_beams", 1, "The widest beam search to be ready for.", lower_bound=1)
     flags.DEFINE_enum("policy", "fcfs", sorted(POLICIES), "The order of requests.")
+    flags.DEFINE_bool(
+        "beside_bare",
+        False,
+        "Run in turn with pages alone (no prefix cache, host tier or beams), and tell the ratio.",
+    )
     flags.DEFINE_integer("steps", 64, "How many steps to time at once.", lower_bound=1)
 
 
@@ -68,7 +75,8 @@ def main(_: list[str]) -> None:
                 preemption=FLAGS.preemption,
                 host_pages=0 if FLAGS.preemption == "recompute" else num_slots * PAGES_PER_SLOT,
             )
-            rows.append(measure(config, allocator, FLAGS.policy, FLAGS.steps))
+            measured = measure_beside_bare if FLAGS.beside_bare else measure
+            rows.append(measured(config, allocator, FLAGS.policy, FLAGS.steps))
             print(json.dumps(rows[-1]), flush=True)
     common.print_last_line({"rows": rows, **common.provenance()})
 
@@ -84,33 +92,77 @@ def measure(
 
     With `is_full` no page is free when that begins: queues of other prompts went before.
     """
-    steps = compiled_steps(config, allocator, POLICIES[policy])
-    state = scheduler_state.create(config, allocator)
-    blank = jax.tree.map(np.array, state.requests)
-    state = _with_queue(state, blank, config, allocator, seed=0)
-    state, _, _ = jax.block_until_ready(steps(state, jnp.int32(1)))
-    for seed in itertools.count(1) if is_full else ():
-        assert isinstance(state.table, PrefixCache)  # nobody else keeps pages
-        if int(state.table.num_free) == 0:
-            break
-        state, _, _ = steps(state, jnp.int32(1_000_000))
-        state = _with_queue(state, blank, config, allocator, seed)
-    samples = []
-    while bool(jnp.any(state.unfinished)):
+    load = Load(config, allocator, policy, steps_at_once, is_full)
+    while not load.is_over:
+        load.advance()
+    return load.row()
+
+
+def measure_beside_bare(
+    config: EngineConfig, allocator: Allocator, policy: str, steps_at_once: int
+) -> dict:
+    """`measure`, chunk by chunk in turn with the same load on pages alone, and the ratio."""
+    plain = replace(config, max_beams=1, preemption="recompute", host_pages=0)
+    load = Load(config, allocator, policy, steps_at_once)
+    bare = Load(plain, ALLOCATORS["paged"], policy, steps_at_once)
+    while not (load.is_over and bare.is_over):
+        for each in (load, bare):
+            if not each.is_over:
+                each.advance()
+    row, bare_us = load.row(), bare.row()["step_us"]
+    return row | {"bare_us": bare_us, "ratio": row["step_us"] / bare_us}
+
+
+class Load:
+    """A queue full of requests, and the scheduler that runs them, a chunk of steps at a time."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        allocator: Allocator,
+        policy: str,
+        steps_at_once: int,
+        is_full: bool = False,
+    ):
+        self._config, self._allocator = config, allocator
+        self._limit = jnp.int32(steps_at_once)
+        self._steps = compiled_steps(config, allocator, POLICIES[policy])
+        self._samples: list[tuple[float, float]] = []  # mean of slots that run, microseconds a step
+        state = scheduler_state.create(config, allocator)
+        blank = jax.tree.map(np.array, state.requests)
+        state = _with_queue(state, blank, config, allocator, seed=0)
+        state, _, _ = jax.block_until_ready(self._steps(state, jnp.int32(1)))
+        for seed in itertools.count(1) if is_full else ():
+            assert isinstance(state.table, PrefixCache)  # nobody else keeps pages
+            if int(state.table.num_free) == 0:
+                break
+            state, _, _ = self._steps(state, jnp.int32(1_000_000))
+            state = _with_queue(state, blank, config, allocator, seed)
+        self._state = state
+
+    @property
+    def is_over(self) -> bool:
+        return not bool(jnp.any(self._state.unfinished))
+
+    def advance(self) -> None:
+        """Runs and times a chunk."""
         start_s = time.perf_counter()
-        state, count, running = jax.block_until_ready(steps(state, jnp.int32(steps_at_once)))
+        self._state, count, running = jax.block_until_ready(self._steps(self._state, self._limit))
         elapsed_s = time.perf_counter() - start_s
-        samples.append((int(running) / int(count), elapsed_s / int(count) * 1e6))
-    busiest = max(mean_running for mean_running, _ in samples)
-    busy = [step_us for mean_running, step_us in samples if mean_running > 0.8 * busiest]
-    return {
-        "num_slots": config.num_slots,
-        "num_pages": config.num_pages,
-        "step_us": float(np.median(busy)),
-        "mean_running_at_most": busiest,
-        "steps": int(state.step),
-        "violations": int(jnp.sum(allocator.violations(state.table))),
-    }
+        self._samples.append((int(running) / int(count), elapsed_s / int(count) * 1e6))
+
+    def row(self) -> dict:
+        """What came of it."""
+        busiest = max(mean_running for mean_running, _ in self._samples)
+        busy = [step_us for running, step_us in self._samples if running > 0.8 * busiest]
+        return {
+            "num_slots": self._config.num_slots,
+            "num_pages": self._config.num_pages,
+            "step_us": float(np.median(busy)),
+            "mean_running_at_most": busiest,
+            "steps": int(self._state.step),
+            "violations": int(jnp.sum(self._allocator.violations(self._state.table))),
+        }
 
 
 def compiled_steps(config: EngineConfig, allocator: Allocator, policy: PolicyFn):
