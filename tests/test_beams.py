@@ -207,6 +207,7 @@ def length_at_end(request: Request, table) -> int:
     st.sampled_from([-1.0, 0.0, 1.5]),
 )
 @settings(deadline=None, max_examples=60)
+@pytest.mark.slow
 def test_a_search_is_over_at_the_length_at_which_plain_python_ends_it(request, seed, eos_bonus):
     table = tables(seed, eos_bonus)
     assert length_at_end(request, table) == search_plainly(request, table)[1]
@@ -229,7 +230,7 @@ def test_the_exhaustive_search_waits_longest_and_only_if_length_is_rewarded(pena
         assert length_at_end(search_of([1], 2, 8, penalty, patience), table) == length
 
 
-@pytest.mark.in_ci("paged-recompute", "paged-swap")
+@pytest.mark.in_ci("paged-swap")
 @pytest.mark.parametrize(
     ("allocator", "mode"), [("paged", "recompute"), ("lru", "fine"), ("paged", "swap")]
 )

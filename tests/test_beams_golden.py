@@ -88,6 +88,7 @@ def test_beams_are_those_of_transformers():
     check(build("lru", page_size=16, num_pages=24 * 5), REQUESTS[:18:2])
 
 
+@pytest.mark.slow
 def test_beams_that_never_stop_early_are_those_of_transformers():
     (eos_ids,) = {tuple(item["eos_token_ids"]) for item in NEVER}
     engine = build("lru", page_size=16, num_pages=24 * 5, eos_ids=eos_ids)

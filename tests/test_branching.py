@@ -95,6 +95,7 @@ def test_searches_end_at_their_length_with_the_best_of_plain_python():
             assert np.sum(logprobs) == pytest.approx(total, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_trace_without_beams_is_served_alike_whether_there_could_be_some():
     requests = [Arrival(0.02 * i, 5 + i, 9, num_samples=1 + i % 3) for i in range(4)]
     served = []

@@ -203,6 +203,7 @@ def test_a_file_without_efficiencies_is_refused(tmp_path):
         read_efficiencies(path)
 
 
+@pytest.mark.slow
 def test_this_machine_can_be_measured_and_then_calibrated(tmp_path):
     done = run_script(
         "measure_device", "--model=tiny", f"--out={tmp_path}", "--tokens=1,8,16,32",

@@ -37,6 +37,7 @@ def test_a_limit_that_all_rates_keep_or_none_has_no_answer():
         capacity(lambda rate: 1.0, 0, 1.0)
 
 
+@pytest.mark.slow
 def test_a_static_batch_ends_before_the_next_begins():
     config = replace(CONFIG, static_batches=True, num_slots=3)
     requests = [Arrival(0.0, 4, length) for length in (2, 9, 3, 5, 1)]

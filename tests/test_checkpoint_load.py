@@ -142,6 +142,7 @@ def dequantised() -> dict[str, np.ndarray]:
 
 
 @needs_smollm
+@pytest.mark.in_ci("float32")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_real_smollm2_is_its_dequantised_gguf(dequantised, dtype):
     loaded = load_model("smollm2-135m", dtype)

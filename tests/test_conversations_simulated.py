@@ -45,6 +45,7 @@ def talks(num: int, turns: int, gap_s: float = 0.01) -> list[Arrival]:
     )
 
 
+@pytest.mark.slow
 def test_a_turn_comes_when_the_one_before_is_done_and_its_user_has_thought():
     requests = talks(3, 3)
     timeline = simulated(requests).timeline
@@ -73,6 +74,7 @@ def test_conversations_do_not_find_each_other():
     np.testing.assert_array_equal(run.cached_lens, [0, 12, 0, 12])
 
 
+@pytest.mark.slow
 def test_content_of_a_first_turn_is_that_of_all_that_follow():
     opens = replace(talks(1, 1)[0], prompt_len=8, content=(5, 6))
     requests = [opens, Arrival(1.0, 14, 3, follows=0), Arrival(9.0, 13, 3, content=(5, 6, 7))]

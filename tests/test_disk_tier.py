@@ -164,6 +164,7 @@ def test_a_pool_with_no_room_takes_what_fits_and_evicts_nobody_in_use(folder, co
     assert outputs(results) == [*alone, *cold]
 
 
+@pytest.mark.slow
 def test_the_host_tier_and_the_disk_tier_work_together(tmp_path, cold):
     config = replace(SMALL, host_pages=12, preemption="fine")
     setup = setup_of(config, allocator="lru")

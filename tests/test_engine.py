@@ -17,7 +17,7 @@ from jaxpage.model.placement import serving_params
 from jaxpage.scheduling.policies import POLICIES
 
 
-@pytest.mark.in_ci("apart-4-paged", "stacked-4-max")
+@pytest.mark.in_ci("apart-4-paged")
 @pytest.mark.parametrize("allocator", ["paged", "max"])
 @pytest.mark.parametrize(("form", "num_slots"), [("apart", 4), ("stacked", 4), ("apart", 1)])
 def test_no_step_copies_the_pool(allocator, form, num_slots):
@@ -227,6 +227,7 @@ def test_the_recorded_page_map_names_the_owner_of_every_page():
         assert len(set(np.asarray(owners)[owned])) == record["num_running"]
 
 
+@pytest.mark.slow
 def test_bfloat16_serves_and_is_close_to_float32():
     """Rounded weights and KV move log probabilities by little; the greedy first token stays."""
     exact = build().serve(REQUESTS)[0]

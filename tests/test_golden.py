@@ -100,7 +100,7 @@ def test_outputs_are_the_references_singly_together_and_in_any_order():
     check_nothing_is_held(engine)
 
 
-@pytest.mark.in_ci("8-fine")
+@pytest.mark.slow
 @pytest.mark.parametrize("page_size, preemption", [(1, "recompute"), (8, "fine"), (64, "swap")])
 def test_a_pool_so_small_that_it_preempts_changes_no_token(page_size, preemption):
     engine = build(page_size, num_pages=pool_of(LONGEST, page_size) * 3 // 2, preemption=preemption)
@@ -161,6 +161,7 @@ def test_no_combination_with_a_prefix_cache_changes_a_token(
     assert found > 0 or page_size == 64
 
 
+@pytest.mark.slow
 def test_all_full_pages_of_a_prompt_asked_again_are_found():
     engine = build(16, pool_of(8 * LONGEST, 16), "lru")
     check(engine.serve(BRIEF)[0])
@@ -172,7 +173,7 @@ def test_all_full_pages_of_a_prompt_asked_again_are_found():
     assert sum(record["num_found"] for record in journal.records) > 0
 
 
-@pytest.mark.in_ci("pow2")
+@pytest.mark.slow
 @pytest.mark.parametrize("allocator", ["max", "pow2", "oracle"])
 def test_every_contiguous_allocator_gives_the_same_tokens(allocator):
     engine = build(16, num_pages=24, allocator=allocator)
@@ -182,6 +183,7 @@ def test_every_contiguous_allocator_gives_the_same_tokens(allocator):
     assert max(record["num_running"] for record in journal.records) < len(REQUESTS)
 
 
+@pytest.mark.slow
 def test_with_batch_invariance_log_probabilities_are_equal_to_the_bit_in_any_company():
     """Alone, together, in another order, from a prefix cache, and in a pool that preempts."""
     roomy = build(16, num_pages=pool_of(8 * LONGEST, 16), batch_invariant=True)
@@ -199,6 +201,7 @@ def test_with_batch_invariance_log_probabilities_are_equal_to_the_bit_in_any_com
         assert result.logprobs == expected.logprobs
 
 
+@pytest.mark.slow
 def test_sampled_tokens_do_not_depend_on_the_company_or_the_order():
     warm = [
         replace(request, temperature=0.9, top_k=50, top_p=0.95, seed=7 + i, max_new_tokens=24)

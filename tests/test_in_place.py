@@ -49,7 +49,7 @@ def copies_by_shape(allocator, config=CONFIG) -> Counter:
     return Counter(re.findall(r"= \w+\[([\d,]*)\]\S* copy\(", compiled))
 
 
-@pytest.mark.in_ci("paged", "lru")
+@pytest.mark.in_ci("lru")
 @pytest.mark.parametrize(
     "allocator",
     [ALLOCATORS["paged"], CACHED["lru"], WHOLE_CACHED["lru"]],
@@ -64,7 +64,7 @@ def test_pages_that_move_copy_no_array_of_a_tiers_size(allocator):
     assert copies[str(NUM_PAGES)] <= 2
 
 
-@pytest.mark.in_ci("paged", "lru")
+@pytest.mark.in_ci("lru")
 @pytest.mark.parametrize("name", ["paged", "lru", "lfu"])
 def test_no_step_copies_an_array_of_the_pools_or_the_tables_size(name):
     copies = copies_by_shape((ALLOCATORS | CACHED)[name])

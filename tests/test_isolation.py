@@ -47,7 +47,7 @@ def run(engine: Engine, requests, is_poisoned: bool) -> tuple[list, int]:
     return list(found), int(held.num_preemptions.sum())
 
 
-@pytest.mark.in_ci("paged-10", "lru-10", "max-32")
+@pytest.mark.in_ci("lru-10")
 @pytest.mark.parametrize(
     ("allocator", "num_pages"),
     [("paged", 24), ("paged", 10), ("lru", 24), ("lru", 10), ("oracle", 32), ("max", 32)],
@@ -79,7 +79,7 @@ def stale_pages(engine: Engine) -> tuple[int, int]:
     return int(holds[is_free].sum()), int(sum(tail.sum() for tail in tails))
 
 
-@pytest.mark.in_ci("lru-host1")
+@pytest.mark.in_ci("paged-host0")
 @pytest.mark.parametrize(
     ("allocator", "host"),
     [

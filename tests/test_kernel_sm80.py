@@ -218,6 +218,7 @@ def test_shapes_of_ragged_steps(shape):
     check(problem_of((70, 3, 130), (13, 3, 1), **shape))
 
 
+@pytest.mark.slow
 def test_a_querys_bits_do_not_depend_on_the_step_that_computes_it():
     whole = problem_of((150, 40), (31, 1))
     out, _ = whole.call(run_kernel)

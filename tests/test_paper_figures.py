@@ -259,6 +259,7 @@ def test_simulate_writes_requests_steps_and_a_summary(tmp_path, trace):
     assert busy_s == pytest.approx(last["busy_s"])
 
 
+@pytest.mark.slow
 def test_simulate_finds_the_highest_rate_within_a_limit(tmp_path, trace):
     out = tmp_path / "out"
     flags = (f"--trace={trace}", "--trace_format=azure", f"--out={out}", "--num_slots=8")

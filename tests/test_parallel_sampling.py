@@ -36,7 +36,7 @@ def alone(prompt, n: int) -> list[list[int]]:
     return [result.output_ids for result in engine.serve(singles)[0]]
 
 
-@pytest.mark.in_ci("1-paged", "8-paged", "7-lru", "18-lru")
+@pytest.mark.in_ci("8-paged", "7-lru")
 @every_memory
 @pytest.mark.parametrize("prompt_len", [1, 3, 4, 7, 8, 18])
 def test_samples_are_those_of_as_many_requests_and_the_prompt_is_computed_once(
@@ -95,7 +95,7 @@ def check_together(engine: Engine, groups: list[range], num_steps: int) -> int:
     pytest.fail("the requests never end")
 
 
-@pytest.mark.in_ci("paged-fcfs-recompute", "lru-decode_first-fine")
+@pytest.mark.in_ci("lru-decode_first-fine")
 @pytest.mark.parametrize(
     ("allocator", "policy", "mode"),
     [

@@ -211,7 +211,7 @@ every_case = [
 ]
 
 
-@pytest.mark.in_ci("fine-paged", "auto-lru", "recompute, cache on the host-whole")
+@pytest.mark.in_ci("fine-paged", "auto-lru")
 @pytest.mark.parametrize(("mode", "allocator"), every_case)
 @given(workload=st.lists(asks_of, min_size=2, max_size=MOST_REQUESTS))
 @settings(deadline=None, max_examples=25)
@@ -222,7 +222,7 @@ def test_whatever_makes_way_prints_what_it_would_have_printed(mode, allocator, w
     check(serving, workload)
 
 
-@pytest.mark.in_ci("fine-lru")
+@pytest.mark.in_ci("fine-paged")
 @pytest.mark.parametrize("allocator", ["lru", "paged"])
 @pytest.mark.parametrize("mode", ["fine", "swap", "fine, small host"])
 @given(workload=st.lists(asks_of, min_size=3, max_size=MOST_REQUESTS))
@@ -251,7 +251,7 @@ def run(config: EngineConfig, allocator: str = "paged") -> Serving:
     return serving
 
 
-@pytest.mark.in_ci("paged")
+@pytest.mark.slow
 @every_memory
 def test_pages_that_come_back_are_not_computed_again(allocator):
     for mode in ("swap", "fine", "fine, a page a step"):
@@ -279,6 +279,7 @@ def test_a_shared_prefix_that_has_been_away_is_found_and_shared_again():
     assert was_away
 
 
+@pytest.mark.slow
 def test_a_prompt_whose_pages_went_to_the_host_waits_for_them_and_computes_only_its_end():
     config = replace(RECOMPUTE, host_pages=9)
     serving = Serving(config, "lru")
@@ -337,6 +338,7 @@ def records_of(serving: Serving) -> list[dict[str, int]]:
     return [{k: int(v) for k, v in record._asdict().items()} for record in serving.records]
 
 
+@pytest.mark.slow
 def test_auto_computes_again_what_is_cheap_to_compute_and_moves_what_is_cheap_to_move():
     computes, moves = (
         run(replace(MODES["auto"], prices=prices))

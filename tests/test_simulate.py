@@ -201,6 +201,7 @@ def test_content_that_begins_alike_is_found_and_no_other():
     np.testing.assert_array_equal(simulation.served.cached_lens, [0, 8, 0, 0])
 
 
+@pytest.mark.slow
 def test_where_the_host_reads_changes_nothing():
     requests = [Arrival(0.01 * i, 5 + i, 9) for i in range(7)]
     once = run(requests, TIGHT)[1]
