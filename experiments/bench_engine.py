@@ -17,6 +17,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     common.define_model_flags()
     common.define_engine_flags(prefix_cache=False)
+    common.define_mesh_flag()
     flags.adopt_module_key_flags(common)
     common.define_workload_flag("32 prompts from ShareGPT")
     flags.DEFINE_integer(

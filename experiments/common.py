@@ -7,12 +7,14 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
+from jax.sharding import Mesh
 
 from experiments.prices import define_device_flag, prices_by_flags
 from jaxpage.checkpoint.errors import CheckpointError
@@ -25,6 +27,7 @@ from jaxpage.engine.host import Engine, Journal
 from jaxpage.engine.request import Request, Result
 from jaxpage.engine.sizing import engine_config
 from jaxpage.engine.step import Setup
+from jaxpage.model import sharding
 from jaxpage.model.llama import AttentionFn
 from jaxpage.model.placement import serving_params
 from jaxpage.paging.allocator import ALLOCATORS, CACHED, Allocator
@@ -126,6 +129,22 @@ def define_engine_flags(num_slots: int = 32, prefix_cache: bool = True) -> None:
     )
 
 
+def define_mesh_flag() -> None:
+    """On which devices the engine runs."""
+    flags.DEFINE_string(
+        "mesh",
+        None,
+        "The devices to serve on, as data:2,model:4: two replicas that share the requests, each "
+        "divided among four devices. Capacities are those of a replica. By default one device.",
+    )
+
+
+def mesh_flagged() -> Mesh | None:
+    """The mesh of `--mesh`; None without, or in a script that has no such flag."""
+    text = FLAGS.mesh if "mesh" in FLAGS else None
+    return None if text is None else sharding.make_mesh(text)
+
+
 def define_allocator_flag() -> None:
     """Whose tables hold the KV."""
     flags.DEFINE_enum(
@@ -159,7 +178,10 @@ def keep_compilations() -> None:
 
 def build_engine(model: LoadedModel, config: EngineConfig, allocator: str = "paged") -> Engine:
     """An engine on `model`, whose parameters it takes over; precision and policy by flag."""
-    return engine_for(model, serving_params(model.params, FLAGS.dtype), config, allocator)
+    params = model.params
+    if mesh_flagged() is None:
+        params = serving_params(params, FLAGS.dtype)
+    return engine_for(model, params, config, allocator)
 
 
 def engine_for(
@@ -181,6 +203,7 @@ def engine_for(
         allocator=allocator_named(allocator) if isinstance(allocator, str) else allocator,
         policy=POLICIES[FLAGS.policy],
         attention=attention_named(FLAGS.attention),
+        mesh=mesh_flagged(),
     )
     return Engine(params, setup, jnp.dtype(FLAGS.dtype), disk or disk_flags())
 
@@ -219,16 +242,22 @@ def attention_in_use(engine: Engine) -> str:
     """The implementation that the engine's mixed steps take."""
     model, pool = engine.setup.model, engine.state.pool
     q = jax.ShapeDtypeStruct((1, model.num_heads, model.head_dim), pool.keys.dtype)
-    pages = jax.ShapeDtypeStruct(pool.keys.shape[1:], pool.keys.dtype)
+    pages = jax.ShapeDtypeStruct(pool.keys.shape[-4:], pool.keys.dtype)
     index = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     named = None if FLAGS.attention == "auto" else FLAGS.attention
     return resolve_implementation(named, q, pages, index, cu_q_lens=index)
 
 
 def load_flagged_model() -> LoadedModel:
-    """The model of `--model` in `--dtype`."""
+    """The model of `--model` in `--dtype`, on the devices of `--mesh`."""
     keep_compilations()
-    return load_model(FLAGS.model, jnp.dtype(FLAGS.dtype))
+    mesh = mesh_flagged()
+    if mesh is None:
+        return load_model(FLAGS.model, jnp.dtype(FLAGS.dtype))
+    shardings = functools.partial(sharding.stored_shardings, mesh=mesh)
+    model = load_model(FLAGS.model, jnp.dtype(FLAGS.dtype), shardings=shardings)
+    config, params = sharding.divide(model.config, model.params, mesh)
+    return replace(model, config=config, params=params)
 
 
 def tokenizer_of(model: LoadedModel) -> Tokenizer:

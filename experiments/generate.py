@@ -39,6 +39,7 @@ class EarlyStopping(flags.BooleanParser):
 def define_flags() -> None:
     common.define_model_flags()
     common.define_engine_flags()
+    common.define_mesh_flag()
     flags.adopt_module_key_flags(common)
     flags.DEFINE_string("prompts", None, "The JSONL file with the prompts.", required=True)
     flags.DEFINE_string("out", None, "The JSONL file to write the answers to.", required=True)

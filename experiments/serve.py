@@ -34,6 +34,7 @@ MAX_OUTPUT_TOKENS = 256
 def define_flags() -> None:
     common.define_model_flags()
     common.define_engine_flags(num_slots=64)
+    common.define_mesh_flag()
     flags.adopt_module_key_flags(common)
     define_serving_flags()
     common.define_allocator_flag()

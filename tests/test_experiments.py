@@ -92,6 +92,7 @@ def test_samples_of_a_prompt_stand_in_one_line(tmp_path):
     assert "more" not in alone
 
 
+@pytest.mark.slow
 def test_the_best_beams_of_a_prompt_stand_in_one_line(tmp_path):
     done, (searched, wide) = generate(
         tmp_path,
@@ -106,6 +107,7 @@ def test_the_best_beams_of_a_prompt_stand_in_one_line(tmp_path):
     assert "num_beams=3" in wide["error"]
 
 
+@pytest.mark.in_ci("")
 @pytest.mark.parametrize("spelling", ["", "=true", "=never"])
 def test_a_search_may_be_told_when_to_stop(tmp_path, spelling):
     done, (row,) = generate(
@@ -204,6 +206,7 @@ def test_a_budget_below_one_page_is_refused(tmp_path):
     assert_fails_with(done, "kv_bytes=1000", "raise it")
 
 
+@pytest.mark.slow
 def test_attention_is_chosen_by_flag_and_refused_where_it_cannot_run(tmp_path):
     line = {"id": "a", "prompt_ids": [1, 2, 3], "max_new_tokens": 4}
     outputs = []
@@ -243,6 +246,7 @@ def test_the_bench_prints_its_contract_and_compiles_nothing_while_serving(tmp_pa
         assert row[name] > 0
 
 
+@pytest.mark.slow
 def test_a_workload_of_sharegpt_is_cut_as_asked_and_can_be_read(tmp_path):
     out = tmp_path / "w.jsonl"
     done = run_script(
@@ -290,6 +294,7 @@ def test_help_explains_every_flag_in_sentences(tmp_path):
         "fig15_sharing_savings",
         "make_workload",
         "measure_device",
+        "plan_memory",
     ]
     command = [sys.executable, "-c", HELP_OF_EACH, str(tmp_path), *names]
     subprocess.run(command, cwd=ROOT, capture_output=True, check=True)

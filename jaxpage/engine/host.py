@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxpage.config import ConfigError
+from jaxpage.config import ConfigError, require
 from jaxpage.engine import loop, step
 from jaxpage.engine.disk_tier import DiskConfig, DiskTier, Owner
 from jaxpage.engine.request import Request, Result, refusal, reserved_len
 from jaxpage.engine.step import EngineState, Setup
 from jaxpage.model.params import Params
+from jaxpage.model.sharding import DATA
 from jaxpage.scheduling.accounting import StepRecord
 from jaxpage.scheduling.state import (
     DONE,
@@ -60,7 +61,11 @@ class Journal:
 
 
 class Engine:
-    """A compiled engine with its state. One `serve` at a time; state stays between calls."""
+    """A compiled engine with its state. One `serve` at a time; state stays between calls.
+
+    On a mesh it is as many replicas as the mesh has, and `params` are where `param_shardings` says.
+    Rows of the queue then count over all replicas, one after the other.
+    """
 
     def __init__(
         self,
@@ -71,11 +76,7 @@ class Engine:
     ):
         self.setup = setup
         self.params = params
-        # Committed to its device like the parameters: else the second call would compile again.
-        device = next(iter(jax.tree.leaves(params)[0].devices()))
-        state = step.create(setup, kv_dtype, device)
-        rest = jax.device_put(state.replace(host_pool=None), device)
-        self.state: EngineState = rest.replace(host_pool=state.host_pool)
+        self.state: EngineState = _first_state(params, setup, kv_dtype, disk)
         self._num_submitted = 0
         self._salts: dict[str, int] = {}  # by tenant; a number each, so that none can collide
         self._disk = DiskTier(disk, setup, params, kv_dtype) if disk is not None else None
@@ -86,7 +87,7 @@ class Engine:
         request = Request("", (0,), 1)
         self.refusal(request)
         self.submit(request, (0,))
-        self.state = loop.forget(self.state, jnp.int32(0))
+        self.state = loop.forget(self.state, jnp.int32(0), mesh=self.setup.mesh)
         self.advance(0)
         if self._disk is not None:
             self.state = self._disk.compile(self.state)
@@ -94,15 +95,19 @@ class Engine:
         return time.perf_counter() - start_s
 
     def submit(self, request: Request, rows: Sequence[int]) -> None:
-        """Puts a request that `refusal` has nothing against in its free `rows`, ascending."""
+        """Puts a request that `refusal` has nothing against in its free `rows`, ascending.
+
+        They are all of one replica.
+        """
         if self._disk is not None:
             prompt = np.array(request.prompt_ids, np.int32)
             self.state = self._disk.restore(self.state, prompt, self._owner(request))
         for sample, row in enumerate(rows):
             # Where nothing can be shared each sample is a sequence of its own.
             group = row if self.setup.allocator.share is None else rows[0]
-            request_row = self._request_row(request, sample, group)
-            self.state = loop.submit(self.state, jnp.int32(row), request_row)
+            request_row = self._request_row(request, sample, group % self.setup.engine.num_requests)
+            mesh = self.setup.mesh
+            self.state = loop.submit(self.state, jnp.int32(row), request_row, mesh=mesh)
         self._num_submitted += 1
 
     def advance(self, max_steps: int) -> None:
@@ -137,7 +142,7 @@ class Engine:
           then: is given the result of each request that was served, and may return another one,
             as the next turn of a conversation; that one is refused, served or queued as any other.
         """
-        run = _Run(free_rows=list(range(self.setup.engine.num_requests - 1, -1, -1)))
+        run = _Run.of(self.setup)
         results: dict[str, Result] = {}
         for request in requests:
             self._receive(run, results, request)
@@ -150,7 +155,7 @@ class Engine:
                 continue
             before_s = time.perf_counter() - start_s
             self.advance(steps)
-            self._read_log(run.journal, before_s, start_s)
+            self._read_log(run, before_s, start_s)
             for result in self._read_requests(run, results, on_tokens):
                 request = then(result) if then is not None else None
                 if request is not None:
@@ -176,12 +181,13 @@ class Engine:
             bisect.insort(run.waiting, request, key=lambda r: r.arrival_s)
 
     def _feed(self, run: "_Run", now_s: float) -> None:
-        """Submits the requests that have arrived, as far as the queue has rows."""
+        """Submits the requests that have arrived, each to the emptiest queue, while they fit."""
         while run.waiting and run.waiting[0].arrival_s <= now_s:
-            if run.waiting[0].num_rows > len(run.free_rows):
+            free_rows = max(run.free_rows, key=len)
+            if run.waiting[0].num_rows > len(free_rows):
                 return
             request = run.waiting.popleft()
-            rows = sorted(run.free_rows.pop() for _ in range(request.num_rows))
+            rows = sorted(free_rows.pop() for _ in range(request.num_rows))
             self.submit(request, rows)
             run.done[request.id] = []
             # The result of a beam search is in its second half: before it stand the beams.
@@ -223,29 +229,38 @@ class Engine:
         salt = self._salts.setdefault(request.tenant, len(self._salts))
         return Owner(request.tenant, salt)
 
-    def _read_log(self, journal: Journal, before_s: float, start_s: float) -> None:
-        log = self.state.log
-        count = int(log.count)  # waits for the device
+    def _read_log(self, run: "_Run", before_s: float, start_s: float) -> None:
+        log, journal = self.state.log, run.journal
+        counts = np.array(log.count)  # waits for the device
         after_s = time.perf_counter() - start_s
         columns = {name: np.array(getattr(log.records, name)) for name in StepRecord._fields}
-        for i in range(count):
-            journal.records.append({name: int(column[i]) for name, column in columns.items()})
-            journal.step_times_s.append(before_s + (after_s - before_s) * (i + 1) / count)
-        if self.setup.engine.record_page_map:
-            journal.owners.extend(np.array(log.owners[:count]))
+        for replica, at in enumerate(np.ndindex(counts.shape)):
+            count = int(counts[at])
+            for i in range(count):
+                record = {name: int(column[at][i]) for name, column in columns.items()}
+                journal.records.append(record)
+                journal.step_times_s.append(before_s + (after_s - before_s) * (i + 1) / count)
+                run.step_times_s[replica][record["step"]] = journal.step_times_s[-1]
+            if self.setup.engine.record_page_map:
+                journal.owners.extend(np.array(log.owners[at][:count]))
         journal.num_host_reads += 1
+
+    def _by_row(self, held: jax.Array) -> np.ndarray:
+        """What the queues hold, by their rows counted over all replicas."""
+        values = np.array(held)
+        return values if self.setup.mesh is None else values.reshape(-1, *values.shape[2:])
 
     def _read_requests(
         self, run: "_Run", results: dict[str, Result], on_tokens: TokenFn | None
     ) -> list[Result]:
         """Results of the requests that ended, whose rows it frees; tells listeners of tokens."""
         held = self.state.scheduler.requests
-        phases = np.array(held.phases)
+        phases = self._by_row(held.phases)
         ended = [row for row in run.active if phases[row] == DONE]
         if not ended and on_tokens is None:
             return []
         over = []
-        known = jax.tree.map(np.array, held)
+        known = jax.tree.map(self._by_row, held)
         for row, (request, sample) in run.active.items():
             # Until a beam search is over, nobody knows its tokens.
             if request.num_beams > 1 and (phases[row] != DONE or not 0 <= sample < request.n):
@@ -257,7 +272,8 @@ class Engine:
         for row in ended:
             request, sample = run.active.pop(row)
             done = run.done[request.id]
-            result = _result(request, row, known, run.journal)
+            replica = row // self.setup.engine.num_requests
+            result = _result(request, row, known, run.step_times_s[replica])
             done.append((sample, result))
             if self._disk is not None and result.error is None:
                 tokens = known.tokens[row, : known.num_tokens[row] - 1]  # the last has no KV
@@ -267,8 +283,8 @@ class Engine:
                 first, *more = (result for sample, result in done if 0 <= sample < request.n)
                 results[request.id] = replace(first, more=tuple(more))
                 over.append(results[request.id])
-            self.state = loop.forget(self.state, jnp.int32(row))
-            run.free_rows.append(row)
+            self.state = loop.forget(self.state, jnp.int32(row), mesh=self.setup.mesh)
+            run.free_rows[replica].append(row)
         return over
 
 
@@ -276,23 +292,46 @@ class Engine:
 class _Run:
     """The host's side of one `serve`."""
 
-    free_rows: list[int]
+    free_rows: list[list[int]]  # by replica
+    step_times_s: list[dict[int, float]]  # by replica, and step: when it was over
     waiting: deque[Request] = field(default_factory=deque)  # in the order of arrival
     active: dict[int, tuple[Request, int]] = field(default_factory=dict)  # and sample, by row
     done: dict[str, list[tuple[int, Result]]] = field(default_factory=dict)  # samples, by request
     told: dict[int, int] = field(default_factory=dict)  # tokens already read, by row
     journal: Journal = field(default_factory=Journal)
 
+    @classmethod
+    def of(cls, setup: Setup) -> "_Run":
+        num_rows = setup.engine.num_requests
+        replicas = range(1 if setup.mesh is None else setup.mesh.shape[DATA])
+        rows = [list(range(num_rows * (i + 1) - 1, num_rows * i - 1, -1)) for i in replicas]
+        return cls(free_rows=rows, step_times_s=[{} for _ in replicas])
 
-def _result(request: Request, row: int, known: Requests, journal: Journal) -> Result:
+
+def _first_state(
+    params: Params, setup: Setup, kv_dtype: DTypeLike, disk: DiskConfig | None
+) -> EngineState:
+    """A state with no requests, on the devices of the mesh, or on that of the parameters."""
+    if setup.mesh is not None:
+        require(
+            setup.engine.host_pages == 0 and disk is None,
+            f"host_pages={setup.engine.host_pages}, disk={disk}: on a mesh pages stay on their "
+            "devices; take preemption=recompute and no folder",
+        )
+        return loop.create_replicas(setup=setup, dtype=jnp.dtype(kv_dtype))
+    # Committed to its device like the parameters: else the second call would compile again.
+    device = next(iter(jax.tree.leaves(params)[0].devices()))
+    state = step.create(setup, kv_dtype, device)
+    rest = jax.device_put(state.replace(host_pool=None), device)
+    return rest.replace(host_pool=state.host_pool)
+
+
+def _result(request: Request, row: int, known: Requests, step_times_s: dict[int, float]) -> Result:
     reason = FINISH_REASONS[known.finish_reasons[row]]
     output = slice(len(request.prompt_ids), int(known.num_tokens[row]))
-    # The journal starts at this run's first step, which need not be the state's.
-    origin = journal.records[0]["step"]
 
     def time_of(steps: jax.Array) -> float:
-        index = int(steps[row])
-        return journal.step_times_s[index - origin] if index >= 0 else float("nan")
+        return step_times_s[int(steps[row])] if steps[row] >= 0 else float("nan")
 
     return Result(
         request=request,

@@ -4,18 +4,21 @@ This is the only place that compiles or donates. The loop runs until there is so
 the host: `max_steps` are done, the log is full, a request has ended (if asked), or all have.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
-from jaxpage.engine import chains
-from jaxpage.engine.step import EngineState, Setup, engine_step, wipe_freed
+from jaxpage.engine import chains, replicas
+from jaxpage.engine.step import EngineState, Setup, create, engine_step, wipe_freed
 from jaxpage.model.params import Params
 from jaxpage.paging.kv_pool import KvPool
 from jaxpage.scheduling import state as scheduler_state
-from jaxpage.scheduling.state import Requests
+from jaxpage.scheduling.state import Requests, SchedulerState
 
 # On a GPU, Triton's products would first copy a layer's weights out of their stack, in every step;
 # cuBLAS is told where they begin. Elsewhere neither option means anything.
@@ -34,7 +37,19 @@ COMPILER_OPTIONS = {
 def serve_steps(
     params: Params, state: EngineState, max_steps: jax.Array, *, setup: Setup
 ) -> EngineState:
-    """Runs up to `max_steps` steps, fewer if all requests are done; starts a new log."""
+    """Runs up to `max_steps` steps, fewer if all requests are done; starts a new log.
+
+    On a mesh each replica runs its own, until it is done itself.
+    """
+    serve = partial(_serve, setup=setup)
+    if setup.mesh is None:
+        return serve(params, state, max_steps)
+    return replicas.on_each(serve, setup.mesh, state, max_steps, params=params, config=setup.model)
+
+
+def _serve(
+    params: Params, state: EngineState, max_steps: jax.Array, *, setup: Setup
+) -> EngineState:
     state = state.replace(log=state.log.replace(count=jnp.asarray(0, jnp.int32)))
     limit = jnp.minimum(max_steps, setup.engine.log_steps)
 
@@ -45,16 +60,43 @@ def serve_steps(
     return wipe_freed(state, setup)
 
 
-@partial(jax.jit, donate_argnames=("state",))
-def submit(state: EngineState, row: jax.Array, request: Requests) -> EngineState:
-    """Puts a request in the free row `row` of the queue."""
-    return state.replace(scheduler=scheduler_state.submit(state.scheduler, row, request))
+@partial(jax.jit, static_argnames=("setup", "dtype"))
+def create_replicas(*, setup: Setup, dtype: DTypeLike) -> EngineState:
+    """The states of all replicas of a mesh, with no requests; nothing is on the host yet."""
+    assert setup.mesh is not None
+    state = replicas.stacked(create(setup, dtype), setup.mesh)
+    return lax.with_sharding_constraint(state, replicas.shardings(state, setup.mesh))
 
 
-@partial(jax.jit, donate_argnames=("state",))
-def forget(state: EngineState, row: jax.Array) -> EngineState:
-    """Frees the row of a request that is done and has been read."""
-    return state.replace(scheduler=scheduler_state.forget(state.scheduler, row))
+@partial(jax.jit, static_argnames=("mesh",), donate_argnames=("state",))
+def submit(
+    state: EngineState, row: jax.Array, request: Requests, *, mesh: Mesh | None = None
+) -> EngineState:
+    """Puts a request in the free row `row` of the queue; rows count over all replicas."""
+    return _on_queue(scheduler_state.submit, mesh, state, row, request)
+
+
+@partial(jax.jit, static_argnames=("mesh",), donate_argnames=("state",))
+def forget(state: EngineState, row: jax.Array, *, mesh: Mesh | None = None) -> EngineState:
+    """Frees the row of a request that is done and has been read; rows as in `submit`."""
+    return _on_queue(scheduler_state.forget, mesh, state, row)
+
+
+def _on_queue(
+    change: Callable[..., SchedulerState],
+    mesh: Mesh | None,
+    state: EngineState,
+    row: jax.Array,
+    *arguments: Requests,
+) -> EngineState:
+    def changed(state: EngineState, row: jax.Array, *arguments: Requests) -> EngineState:
+        if mesh is not None:
+            row = replicas.own_row(row, state.scheduler.requests.phases.shape[0])
+        return state.replace(scheduler=change(state.scheduler, row, *arguments))
+
+    if mesh is None:
+        return changed(state, row, *arguments)
+    return replicas.on_each(changed, mesh, state, row, *arguments)
 
 
 @partial(jax.jit, static_argnames=("setup",))

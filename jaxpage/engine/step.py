@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxpage.config import EngineConfig, ModelConfig, require
-from jaxpage.model import llama, sampling
+from jaxpage.model import llama, sampling, sharding
 from jaxpage.model.llama import AttentionFn, Batch
 from jaxpage.model.params import Params
 from jaxpage.paging import kv_pool, page_table, ragged
@@ -35,13 +36,23 @@ from jaxpage.scheduling.step import Outcome, Plan, commit_step, plan_step
 
 @dataclass(frozen=True)
 class Setup:
-    """The static choices of a compiled engine: configurations and strategies."""
+    """The static choices of a compiled engine: configurations and strategies.
+
+    On a mesh (`sharding.make_mesh`) the model is one that its devices can divide, and the engine's
+    capacities are those of one replica.
+    """
 
     model: ModelConfig
     engine: EngineConfig
     allocator: Allocator
     policy: PolicyFn
     attention: AttentionFn
+    mesh: Mesh | None = None
+
+    @property
+    def axis(self) -> str | None:
+        """The mesh axis along which layers are divided, None on a single device."""
+        return None if self.mesh is None else sharding.MODEL
 
 
 class StepLog(struct.PyTreeNode):
@@ -200,7 +211,7 @@ def _forward_bucket(
 ) -> tuple[jax.Array, KvPool]:
     """Last states of the rows that sample, one by one, then zeros: `[B, E]`; and the pool."""
     batch = pack(plan, requests, bucket, pool.page_size, pool.num_pages)
-    states, pool = llama.forward(params, pool, batch, setup.model, setup.attention)
+    states, pool = llama.forward(params, pool, batch, setup.model, setup.attention, setup.axis)
     nowhere = bucket + 1
     slot = plan.states.at[_sampling_slots(plan)].get(mode="fill", fill_value=plan.states.shape[0])
     end = batch.cu_q_lens[1:].at[slot].get(mode="fill", fill_value=nowhere)
@@ -233,7 +244,7 @@ def _sample(
     sizes = tuple(sorted({min(size, num_slots) for size in config.token_buckets}))
     logits = lax.switch(
         _smallest_holding(jnp.sum(plan.samples, dtype=jnp.int32), sizes),
-        [partial(_padded_logits, size) for size in sizes],
+        [partial(_padded_logits, size, setup.axis) for size in sizes],
         params,
         states,
     )
@@ -257,9 +268,9 @@ def _sample(
     return outcome._replace(candidates=candidates)
 
 
-def _padded_logits(size: int, params: Params, states: jax.Array) -> jax.Array:
+def _padded_logits(size: int, axis: str | None, params: Params, states: jax.Array) -> jax.Array:
     """Logits of the first `size` of `states: [B, E]`, zeros for the rest, `f32[B, V]`."""
-    logits = llama.logits(params, states[:size])
+    logits = llama.logits(params, states[:size], axis)
     return jnp.pad(logits, ((0, states.shape[0] - size), (0, 0)))
 
 

@@ -14,12 +14,14 @@ from flax import struct
 from jax import lax
 
 from jaxpage.config import ModelConfig
+from jaxpage.model import sharding
 from jaxpage.model.params import Params
 from jaxpage.paging import kv_pool
 from jaxpage.paging.kv_pool import KvPool
 
 # (q[T, H, D], k_pages, v_pages, lengths, page_indices, *, cu_q_lens) -> [T, H, D]
 AttentionFn = Callable[..., Any]
+LAYER_SCOPE = "layer"  # in the names of a layer's operations
 
 
 class Batch(struct.PyTreeNode):
@@ -39,22 +41,29 @@ class Batch(struct.PyTreeNode):
 
 
 def forward(
-    params: Params, pool: KvPool, batch: Batch, config: ModelConfig, attention: AttentionFn
+    params: Params,
+    pool: KvPool,
+    batch: Batch,
+    config: ModelConfig,
+    attention: AttentionFn,
+    axis: str | None = None,
 ) -> tuple[jax.Array, KvPool]:
     """Runs all layers, writing the batch's keys and values on the way.
 
     Returns the normalized last states `[T, E]` and the pool. A leaf of `params["layers"]` is
-    stacked on its first axis, or `LayersApart`.
+    stacked on its first axis, or `LayersApart`. Under `shard_map` parameters and pool are a
+    device's parts of them, which those of mesh axis `axis` make whole (see `sharding`).
     """
     rope = rope_angles(batch.positions, config)
     weights = params["layers"]
 
+    @jax.named_scope(LAYER_SCOPE)
     def layer(index: jax.Array, carry: tuple[jax.Array, KvPool]) -> tuple[jax.Array, KvPool]:
         x, pool = carry
         h = rms_norm(x, weights["attn_norm"][index], config.norm_eps)
         qkv = project_layer(h, weights["qkv"], index)  # [T, K, G + 2, D]
         q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
-        q = q.reshape(q.shape[0], config.num_heads, config.head_dim)
+        q = q.reshape(q.shape[0], -1, config.head_dim)  # this device's heads
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         pool = kv_pool.write(pool, index, k, v, batch.pages, batch.offsets)
         keys, values, page_indices = kv_pool.pages_of_layer(pool, index, batch.page_indices)
@@ -62,25 +71,25 @@ def forward(
             q, keys, values, batch.lengths, page_indices, cu_q_lens=batch.cu_q_lens
         )
         attended = attended.reshape(qkv[:, :, :-2].shape)  # [T, K, G, D]
-        x = x + project_layer(attended, weights["out"], index)
+        x = x + sharding.all_reduce(project_layer(attended, weights["out"], index), axis)
         h = rms_norm(x, weights["mlp_norm"][index], config.norm_eps)
         gate_up = project_layer(h, weights["gate_up"], index)  # [T, 2, F]
         h = jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]
-        return x + project_layer(h, weights["down"], index), pool
+        return x + sharding.all_reduce(project_layer(h, weights["down"], index), axis), pool
 
-    x = params["embed"][batch.tokens]
+    x = sharding.embed(params["embed"], batch.tokens, axis)
     x, pool = lax.fori_loop(0, config.num_layers, layer, (x, pool))
     return rms_norm(x, params["final_norm"], config.norm_eps), pool
 
 
-def logits(params: Params, x: jax.Array) -> jax.Array:
-    """Next-token logits of states `[n, E]`, `f32[n, V]`."""
+def logits(params: Params, x: jax.Array, axis: str | None = None) -> jax.Array:
+    """Next-token logits of states `[n, E]`, `f32[n, V]`; `axis` as in `forward`."""
     head = params["head"] if "head" in params else params["embed"]
     num_rows = x.shape[0]
     if num_rows == 1 and head.dtype == jnp.bfloat16:
         # A CPU takes several times as long for one row of bfloat16 as for four.
         x = jnp.pad(x, ((0, 3), (0, 0)))
-    return project(x, head)[:num_rows].astype(jnp.float32)
+    return sharding.gather_vocab(project(x, head)[:num_rows].astype(jnp.float32), axis)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

@@ -270,6 +270,6 @@ def submit(state: SchedulerState, row: jax.Array, request: Requests) -> Schedule
 
 
 def forget(state: SchedulerState, row: jax.Array) -> SchedulerState:
-    """Frees the row of a request that is done."""
-    phases = state.requests.phases.at[row].set(FREE)
+    """Frees the row of a request that is done; none for `R`."""
+    phases = state.requests.phases.at[row].set(FREE, mode="drop")
     return state.replace(requests=state.requests.replace(phases=phases))

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import mmap
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,9 @@ DEVICES = {
     "h100": "NVIDIA H100 80GB HBM3",
     "h200": "NVIDIA H200 141GB HBM3e",
 }
+
+
+CAPABILITIES = {"a100": "8.0", "h100": "9.0", "h200": "9.0"}
 
 
 class Limits(NamedTuple):
@@ -43,29 +47,39 @@ class Limits(NamedTuple):
 
 def limits(target: str) -> Limits:
     """The limits of `target`, one of `DEVICES`."""
-    text = description(target)
-
-    def number(field: str) -> int:
-        found = re.search(rf"^\s*{field}: (\d+)$", text, re.MULTILINE)
-        if found is None:
-            raise RuntimeError(f"XLA's description of {target} has no {field}")
-        return int(found[1])
-
     return Limits(
-        num_processors=number("core_count"),
-        smem_bytes=number("shared_memory_per_core"),
-        registers=number("registers_per_core_limit"),
-        threads=number("threads_per_core_limit"),
+        num_processors=_number(target, "core_count"),
+        smem_bytes=_number(target, "shared_memory_per_core"),
+        registers=_number(target, "registers_per_core_limit"),
+        threads=_number(target, "threads_per_core_limit"),
     )
+
+
+def memory_bytes(target: str) -> int:
+    """Bytes of a card's memory, before anything is in it."""
+    return _number(target, "device_memory_size")
+
+
+def _number(target: str, field: str) -> int:
+    found = re.search(rf"^\s*{field}: (\d+)$", description(target), re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"XLA's description of {target} has no {field}")
+    return int(found[1])
 
 
 def device(target: str) -> Any:
     """A device of kind `target` that can be compiled for and not run on."""
+    return devices(target, 1)[0]
+
+
+def devices(target: str, count: int) -> Sequence[Any]:
+    """Devices of one machine, all of kind `target`, to compile for."""
     from jax.experimental import topologies
 
+    topology = f"1x1x{count}"  # machines, processes of each, devices of each
     return topologies.get_topology_desc(
-        "", platform="cuda", target_config=description(target), topology="1x1x1"
-    ).devices[0]
+        "", platform="cuda", target_config=description(target), topology=topology
+    ).devices
 
 
 @functools.cache

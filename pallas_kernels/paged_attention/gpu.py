@@ -31,14 +31,20 @@ def kernel_of_card() -> ModuleType:
     """
     device = card()
     capability = str(getattr(device, "compute_capability", "unknown"))
-    name = KERNELS.get(capability) or KERNELS.get(capability.partition(".")[0])
-    if name is None:
+    kernel = kernel_of(capability)
+    if kernel is None:
         found = f"{device.device_kind} ({capability})" if device else jax.default_backend()
         raise NotImplementedError(
             f'"mosaic_gpu" needs an NVIDIA GPU of compute capability {" or ".join(KERNELS)}, and '
             f'JAX runs on {found}: use implementation="xla".'
         )
-    return importlib.import_module(f"pallas_kernels.paged_attention.{name}")
+    return kernel
+
+
+def kernel_of(capability: str) -> ModuleType | None:
+    """The module for cards of a compute capability, as "9.0"; None if there is none."""
+    name = KERNELS.get(capability) or KERNELS.get(capability.partition(".")[0])
+    return importlib.import_module(f"pallas_kernels.paged_attention.{name}") if name else None
 
 
 def reason_against(q, k_pages, page_indices, *, is_ragged: bool) -> str | None:
