@@ -5,12 +5,13 @@
 Compiles the program that serves (scheduler, model, kernels, on the whole mesh) for the target, with
 nothing allocated, and prints what it takes of each device: weights, KV, the scheduler's state, and
 temporaries, as the compiler says. GPUs need the compilers of `make .venv-inspect/.installed` and
-no GPU; --target=cpu needs neither. One to three minutes on two cores, one GB of memory.
+no GPU; --target=cpu needs neither. One to three minutes on two cores, 1.5 GB of memory.
 
 Expected, of the article's Llama 3.1 70B in bfloat16: on four A100s of 80 GB its weights take 35 GB
-each, and what is left holds some 120 users of 4,096 tokens, not the 256 of the article's sum, which
+each, and what is left holds some 140 users of 4,096 tokens, not the 256 of the article's sum, which
 need 344 GB. Refuted if the program took copies of the weights or the pool. What does not fit is
-refused with by how much, and the exit status is then 1.
+refused with by how much, and the exit status is then 1. JAX takes three quarters of a GPU's memory
+unless XLA_PYTHON_CLIENT_MEM_FRACTION says more: a plan that fills it needs 0.98 there.
 """
 
 import math

@@ -10,12 +10,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxpage.engine import chains, replicas
 from jaxpage.engine.step import EngineState, Setup, create, engine_step, wipe_freed
 from jaxpage.model.params import Params
+from jaxpage.model.sharding import param_partition
 from jaxpage.paging.kv_pool import KvPool
 from jaxpage.scheduling import state as scheduler_state
 from jaxpage.scheduling.state import Requests, SchedulerState
@@ -43,12 +44,13 @@ def serve_steps(
     """
     serve = partial(_serve, setup=setup)
     if setup.mesh is None:
-        return serve(params, state, max_steps)
-    return replicas.on_each(serve, setup.mesh, state, max_steps, params=params, config=setup.model)
+        return serve(state, params, max_steps)
+    lie = param_partition(setup.model), PartitionSpec()
+    return replicas.on_each(serve, setup.mesh, state, params, max_steps, lie=lie)
 
 
 def _serve(
-    params: Params, state: EngineState, max_steps: jax.Array, *, setup: Setup
+    state: EngineState, params: Params, max_steps: jax.Array, *, setup: Setup
 ) -> EngineState:
     state = state.replace(log=state.log.replace(count=jnp.asarray(0, jnp.int32)))
     limit = jnp.minimum(max_steps, setup.engine.log_steps)

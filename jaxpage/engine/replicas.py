@@ -15,8 +15,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpage.engine.step import EngineState
-from jaxpage.model.params import Params
-from jaxpage.model.sharding import DATA, MODEL, param_partition
+from jaxpage.model.sharding import DATA, MODEL
 
 WHOLE = PartitionSpec(DATA)
 PAGES = PartitionSpec(None, DATA, MODEL)  # [L, data * P, K, S, D]
@@ -54,22 +53,20 @@ def on_each(
     mesh: Mesh,
     state: EngineState,
     *arguments: Any,
-    params: Params | None = None,
-    config: Any = None,
+    lie: tuple[Any, ...] | None = None,
 ) -> EngineState:
-    """`function(state, *arguments)` of every replica, on all of its devices; with `params` first.
+    """`function(state, *arguments)` of every replica, on all of its devices.
 
-    `function` sees a replica's state without the leading axis, and of parameters and pages what the
-    device holds. Replicas need not do as much as each other. `config` is the model's.
+    `function` sees a replica's state without the leading axis, and of pages what the device holds.
+    Replicas need not do as much as each other. How arguments `lie` on the mesh is said by trees of
+    `PartitionSpec`; by default every device has them whole.
     """
-    specs, everywhere = partition(state), PartitionSpec()
-    given = () if params is None else (params,)
-    given_specs = () if params is None else (param_partition(config),)
+    specs = partition(state)
 
-    def local(given, state, arguments):
+    def local(state, *arguments):
         # Pages have no axis to take off: XLA's CPU would copy them for that.
         state = _map(lambda leaf: leaf[0], lambda leaf: leaf, state)
-        state = function(*given, state, *arguments)
+        state = function(state, *arguments)
         return _map(lambda leaf: leaf[None], lambda leaf: leaf, state)
 
     # Unchecked: that all devices of a replica decide alike follows from their sums being the same,
@@ -77,11 +74,11 @@ def on_each(
     run = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(given_specs, specs, everywhere),
+        in_specs=(specs, *(lie or [PartitionSpec()] * len(arguments))),
         out_specs=specs,
         check_vma=False,
     )
-    return run(given, state, arguments)
+    return run(state, *arguments)
 
 
 def _map(of_rest: Callable, of_pages: Callable, state: EngineState) -> EngineState:
