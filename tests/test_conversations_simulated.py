@@ -169,13 +169,15 @@ FIRST = jax.jit(lambda queue: (priority_queue.first(queue), priority_queue.first
 @settings(deadline=None, max_examples=30)
 @given(
     st.lists(
-        st.tuples(st.integers(0, 36), st.none() | st.tuples(st.integers(0, 3), st.integers(0, 3))),
+        st.tuples(
+            st.integers(0, 1200), st.none() | st.tuples(st.integers(0, 3), st.integers(0, 3))
+        ),
         min_size=1,
         max_size=60,
     )
 )
 def test_the_lowest_of_a_priority_queue_is_that_of_a_heap(changes):
-    queue, known = priority_queue.create(37), {}
+    queue, known = priority_queue.create(1201), {}  # three levels
     for item, key in changes:
         known[item] = key
         pair = (priority_queue.NEVER,) * 2 if key is None else key

@@ -49,6 +49,10 @@ def copies_by_shape(allocator, config=CONFIG) -> Counter:
     return Counter(re.findall(r"= \w+\[([\d,]*)\]\S* copy\(", compiled))
 
 
+def shapes_of(queue: priority_queue.PriorityQueue) -> list[str]:
+    return [",".join(map(str, level.shape)) for level in queue.levels]
+
+
 @pytest.mark.in_ci("lru")
 @pytest.mark.parametrize(
     "allocator",
@@ -58,8 +62,8 @@ def copies_by_shape(allocator, config=CONFIG) -> Counter:
 def test_pages_that_move_copy_no_array_of_a_tiers_size(allocator):
     config = replace(CONFIG, preemption="fine", host_pages=6007)
     copies = copies_by_shape(allocator, config)
-    keys = priority_queue.create(NUM_PAGES + 6007, num_queues=2).keys.shape
-    for shape in ("6007", str(NUM_PAGES + 6007), ",".join(map(str, keys))):
+    queue = priority_queue.create(NUM_PAGES + 6007, num_queues=2)
+    for shape in ("6007", str(NUM_PAGES + 6007), *shapes_of(queue)):
         assert copies[shape] == 0
     assert copies[str(NUM_PAGES)] <= 2
 
@@ -69,8 +73,8 @@ def test_pages_that_move_copy_no_array_of_a_tiers_size(allocator):
 def test_no_step_copies_an_array_of_the_pools_or_the_tables_size(name):
     copies = copies_by_shape((ALLOCATORS | CACHED)[name])
     assert copies  # the pattern finds copies
-    width = priority_queue.create(NUM_PAGES).keys.shape
-    for shape in (f"{NUM_SLOTS},{PAGES_PER_SLOT}", ",".join(map(str, width))):
+    queue = priority_queue.create(NUM_PAGES)
+    for shape in (f"{NUM_SLOTS},{PAGES_PER_SLOT}", *shapes_of(queue)):
         assert copies[shape] == 0
     # Two in the branch for shared pages that are too few, which looks through the pool anyway.
     assert copies[str(NUM_PAGES)] <= 2

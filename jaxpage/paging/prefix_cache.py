@@ -7,6 +7,7 @@ the pool, leaf first, in the order of an eviction policy: for the host if there 
 stay findable, and away if there is none or it is full of pages that somebody holds.
 """
 
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -358,12 +359,12 @@ def violations(cache: PrefixCache) -> jax.Array:
 def _broken(queue: PriorityQueue, leaves: jax.Array) -> jax.Array:
     """Pages that are queued and not in `leaves: bool[T, n]`, or the reverse, and wrong minima."""
     num_tiers, num_pages = leaves.shape
-    scores, last_used = queue.keys
-    queued = scores.reshape(num_tiers, -1)[:, :num_pages] < priority_queue.NEVER
-    lowest = jnp.min(scores, axis=2)
-    ties = jnp.where(scores == lowest[..., None], last_used, priority_queue.NEVER)
-    lowest_keys = jnp.stack([lowest, jnp.min(ties, axis=2)])
-    return _count(queued != leaves) + _count(lowest_keys != queue.lowest)
+    queued = queue.keys[0, :, :num_pages] < priority_queue.NEVER
+    broken = _count(queued != leaves)
+    for below, level in itertools.pairwise(queue.levels):
+        of_blocks = level.reshape(2, num_tiers, -1)[..., : below.shape[2]]
+        broken += _count(of_blocks != priority_queue.lowest(below))
+    return broken
 
 
 def _count(broken: jax.Array) -> jax.Array:
