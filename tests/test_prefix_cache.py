@@ -233,6 +233,11 @@ def check_random(shape, policy: str, hash_name: str, max_examples: int, max_size
     return met
 
 
+# Each policy once, each shape twice.
+@pytest.mark.in_ci(
+    "a roomy pool-lru", "a roomy pool-whole lfu", "pages of 1-deepest", "pages of 1-whole lru",
+    "pages of 2-fifo", "pages of 2-lfu",
+)  # fmt: skip
 @every_policy
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_random_steps_leave_the_cache_as_the_oracle_and_sound_after_each(shape, policy):
