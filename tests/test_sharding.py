@@ -136,6 +136,11 @@ def test_moves_to_the_host_are_refused_on_a_mesh():
         engine_on("model:2", config)
 
 
+def test_a_page_map_of_several_replicas_is_refused():
+    with pytest.raises(ConfigError, match="record_page_map on 2 replicas.*data:1"):
+        engine_on("data:2", replace(CONFIG, record_page_map=True))
+
+
 @pytest.mark.slow
 def test_the_real_model_on_a_mesh_prints_the_references_tokens():
     mesh = sharding.make_mesh("data:2,model:3")

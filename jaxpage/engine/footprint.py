@@ -50,9 +50,8 @@ def measure(setup: Setup, dtype: DTypeLike, kv_dtype: DTypeLike) -> Footprint:
     params, state = abstract_params(setup, dtype), abstract_state(setup, kv_dtype)
     scalar = NamedSharding(setup.mesh, PartitionSpec())
     steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=scalar)
-    with jax.default_device(
-        setup.mesh.devices.flat[0]
-    ):  # a kernel compiles for what it finds there
+    # A kernel compiles for the default device.
+    with jax.default_device(setup.mesh.devices.flat[0]):
         compiled = loop.serve_steps.lower(params, state, steps, setup=setup).compile()
     compile_s = time.perf_counter() - start_s
     analysis: Any = compiled.memory_analysis()

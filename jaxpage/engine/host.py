@@ -318,6 +318,11 @@ def _first_state(
             f"host_pages={setup.engine.host_pages}, disk={disk}: on a mesh pages stay on their "
             "devices; take preemption=recompute and no folder",
         )
+        require(
+            not setup.engine.record_page_map or setup.mesh.shape[DATA] == 1,
+            f"record_page_map on {setup.mesh.shape[DATA]} replicas: a page map is of one pool; "
+            "take data:1",
+        )
         return loop.create_replicas(setup=setup, dtype=jnp.dtype(kv_dtype))
     # Committed to its device like the parameters: else the second call would compile again.
     device = next(iter(jax.tree.leaves(params)[0].devices()))

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxpage.engine.step import EngineState
-from jaxpage.model.sharding import DATA, MODEL
+from jaxpage.model.sharding import DATA, MODEL, on_mesh
 
 WHOLE = PartitionSpec(DATA)
 PAGES = PartitionSpec(None, DATA, MODEL)  # [L, data * P, K, S, D]
@@ -28,11 +28,7 @@ def partition(state: EngineState) -> EngineState:
 
 def shardings(state: EngineState, mesh: Mesh) -> EngineState:
     """The sharding of each leaf of the replicas' states."""
-    return jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec),
-        partition(state),
-        is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
-    )
+    return on_mesh(partition(state), mesh)
 
 
 def stacked(state: EngineState, mesh: Mesh) -> EngineState:

@@ -115,9 +115,14 @@ def param_partition(config: ModelConfig) -> Params:
 
 def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
     """The sharding of each parameter; replicas have all the same."""
+    return on_mesh(param_partition(config), mesh)
+
+
+def on_mesh(partition: Any, mesh: Mesh) -> Any:
+    """The shardings that a tree of `PartitionSpec` means on `mesh`."""
     return jax.tree.map(
-        lambda partition: NamedSharding(mesh, partition),
-        param_partition(config),
+        lambda spec: NamedSharding(mesh, spec),
+        partition,
         is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
     )
 
