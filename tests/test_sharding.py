@@ -137,7 +137,7 @@ def test_moves_to_the_host_are_refused_on_a_mesh():
 
 
 def test_a_page_map_of_several_replicas_is_refused():
-    with pytest.raises(ConfigError, match="record_page_map on 2 replicas.*data:1"):
+    with pytest.raises(ConfigError, match=r"record_page_map on 2 replicas.*data:1"):
         engine_on("data:2", replace(CONFIG, record_page_map=True))
 
 
