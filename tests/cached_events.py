@@ -238,7 +238,7 @@ def _key(world: CachedWorld) -> jax.Array:
     """
     cache, index = world.cache, world.cache.index
     pages = jnp.arange(cache.num_pages, dtype=jnp.int32)
-    is_in, is_cached = index.holds(pages), cache.is_cached
+    is_in, is_cached, usage = index.holds(pages), cache.is_cached, index.usage(pages)
     is_free = pages < cache.num_free
     is_policy = {name: world.policy == i for i, name in enumerate(EVICTION_POLICIES)}
 
@@ -258,10 +258,10 @@ def _key(world: CachedWorld) -> jax.Array:
         cache.twins,
         index.parents,
         jnp.where(is_in, index.newest_child, -1),
-        order(index.entered, is_in & is_policy["fifo"]),
-        is_in & (index.entered == cache.step),
-        order(index.last_used, is_cached),
-        jnp.where(is_in & is_policy["lfu"], index.num_uses, 0),
+        order(usage.entered, is_in & is_policy["fifo"]),
+        is_in & (usage.entered == cache.step),
+        order(usage.last_used, is_cached),
+        jnp.where(is_in & is_policy["lfu"], usage.num_uses, 0),
         world.replace(cache=None),
     ]
     return jnp.concatenate([x.reshape(-1).astype(jnp.int8) for x in jax.tree.leaves(parts)])

@@ -45,7 +45,7 @@ def _misnamed(world: CachedWorld) -> jax.Array:
     """Pages of the index that do not hold what it says, or hold the same as another."""
     cache, size = world.cache, world.cache.page_size
     index, pool = cache.index, world.executed
-    depth = index.depth
+    depth = index.usage(jnp.arange(cache.num_pages, dtype=jnp.int32)).depth
     in_page = (len(SEQUENCES), -1, size)
     prefixes = jnp.asarray(PREFIXES).reshape(in_page)[:, depth]  # [Q, P, S]
     tokens = jnp.asarray(TOKENS).reshape(in_page)[:, depth]

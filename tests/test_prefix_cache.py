@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from prefix_cache_oracle import WHOLE, PrefixCacheOracle
 
 from jaxpage.paging import prefix_cache, prefix_index, status
-from jaxpage.paging.eviction import EVICTION_POLICIES
+from jaxpage.paging.eviction import EVICTION_POLICIES, Usage
 
 # slots, pages a slot, pages, page size
 SHAPES = {"pages of 2": (4, 4, 9, 2), "pages of 1": (3, 5, 8, 1), "a roomy pool": (4, 4, 16, 3)}
@@ -142,9 +142,8 @@ def assert_same(cached: Cached, oracle: PrefixCacheOracle) -> None:
     index = jax.tree.map(np.asarray, cache.index)
     for page, known in oracle.index.items():
         assert index.tokens[page].tolist() == list(known.tokens)
-        seen = (index.depth, index.entered, index.last_used, index.num_uses)
-        want = (known.depth, known.entered, known.last_used, known.num_uses)
-        assert tuple(int(values[page]) for values in seen) == want
+        seen = dict(zip(Usage._fields, index.usages[page].tolist(), strict=True))
+        assert seen == {name: getattr(known, name) for name in Usage._fields}
 
 
 def steps(shape, max_size: int):

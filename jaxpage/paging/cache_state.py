@@ -107,13 +107,9 @@ def take(cache: PrefixCache, pages: jax.Array) -> PrefixCache:
     owners, pages = first_read(at(cache.table.ref_counts, pages, fill=1), pages)
     wakes, hosted = owners == 0, cache.tier.is_hosted(pages)
     cache = _for_each(unqueue, cache, _last_by_tier(cache, pages, wakes))
-    index = cache.index
     return cache.replace(
         table=cache.table.replace(ref_counts=cache.table.ref_counts.at[pages].add(1, mode="drop")),
-        index=index.replace(
-            last_used=index.last_used.at[pages].set(cache.step, mode="drop"),
-            num_uses=index.num_uses.at[pages].add(1, mode="drop"),
-        ),
+        index=prefix_index.note_use(cache.index, pages, cache.step, again=1),
         num_cached=cache.num_cached - jnp.sum(wakes & ~hosted, dtype=jnp.int32),
         num_host_cached=cache.num_host_cached - jnp.sum(wakes & hosted, dtype=jnp.int32),
     )

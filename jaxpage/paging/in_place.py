@@ -12,3 +12,8 @@ def first_read(values: Any, *then: Any) -> Any:
     in every turn. Indices or arrays of the write that went through here are the order.
     """
     return lax.optimization_barrier((values, *then))
+
+
+def once(values: Any) -> Any:
+    """`values`, computed once: XLA's CPU would do it again for each element that they make."""
+    return lax.optimization_barrier(values)

@@ -145,25 +145,28 @@ def create(
 
 
 def append(
-    table: PageTable, counts: jax.Array, max_new_pages: int | None = None
+    table: PageTable,
+    counts: jax.Array,
+    max_new_pages: int | None = None,
+    needed: "Needs | None" = None,
 ) -> tuple[PageTable, Appended]:
     """Makes room for `counts: i32[B]` more tokens in each row, and counts them as written.
 
     Pages go to rows in index order without overtaking: once a row finds too few, no later row
     that needs a page gets one. A row that would write to a shared page gets one in its place, and
     the last owner writes in place. `max_new_pages` bounds the pages of one call (by default `P`), a
-    static number that the work follows.
+    static number that the work follows. What is `needed` may be known already, from `needs`.
     """
     null = table.null
     capacity = table.num_pages if max_new_pages is None else max_new_pages
     lengths, held, last = table.lengths + counts, table.held_pages, _last_column(table)
-    needs, table = first_read(_needs(table, counts), table)
-    demand, copies = needs.demand, needs.copies
+    needed, table = first_read(needs(table, counts) if needed is None else needed, table)
+    demand, copies = needed.demand, needed.copies
 
     available = jnp.minimum(table.num_free, capacity)
     starved = (demand > 0) & (jnp.cumsum(demand) > available)
     # Whoever counted on a copy that an earlier row does not get is not the last owner.
-    starved |= starved.at[needs.before].get(mode="fill", fill_value=False)
+    starved |= starved.at[needed.before].get(mode="fill", fill_value=False)
 
     granted = jnp.where(starved, 0, demand)
     new = ragged.expand(granted, capacity)
@@ -174,10 +177,10 @@ def append(
     page_indices = table.page_indices.at[new.row, column].set(page, mode="drop")
 
     row_status = jnp.where(
-        needs.too_long, status.SLOT_FULL, jnp.where(starved, status.OUT_OF_PAGES, status.OK)
+        needed.too_long, status.SLOT_FULL, jnp.where(starved, status.OUT_OF_PAGES, status.OK)
     )
     copied = (copies > 0) & (row_status == status.OK)
-    sources = jnp.where(copied, needs.last_page, null)
+    sources = jnp.where(copied, needed.last_page, null)
     targets = jnp.where(copied, jnp.take_along_axis(page_indices, last[:, None], 1)[:, 0], null)
     table = table.replace(
         page_indices=page_indices,
@@ -189,7 +192,7 @@ def append(
     return table, Appended(row_status, in_pool(sources), in_pool(targets))
 
 
-class _Needs(NamedTuple):
+class Needs(NamedTuple):
     """What each row needs to append; all of `[B]`."""
 
     demand: jax.Array  # i32, pages from the stack
@@ -199,12 +202,8 @@ class _Needs(NamedTuple):
     too_long: jax.Array  # bool, it would outgrow its slot
 
 
-def demand(table: PageTable, counts: jax.Array) -> jax.Array:
-    """Pages that each row needs to append `counts: i32[B]`, copies included, `i32[B]`."""
-    return _needs(table, counts).demand
-
-
-def _needs(table: PageTable, counts: jax.Array) -> _Needs:
+def needs(table: PageTable, counts: jax.Array) -> Needs:
+    """What each row needs to append `counts: i32[B]`; pages that nobody holds do not change it."""
     lengths, held = table.lengths + counts, table.held_pages
     too_long = lengths > table.page_indices.shape[1] * table.page_size
     writes = (counts > 0) & (table.lengths % table.page_size != 0) & ~too_long
@@ -213,7 +212,7 @@ def _needs(table: PageTable, counts: jax.Array) -> _Needs:
     owners = table.ref_counts.at[last_page].get(mode="fill", fill_value=0)
     copies, before = _copies(last_page, owners)
     demand = num_pages_for(lengths, table.page_size) - held + copies
-    return _Needs(jnp.where(too_long, 0, demand), copies, before, last_page, too_long)
+    return Needs(jnp.where(too_long, 0, demand), copies, before, last_page, too_long)
 
 
 def _last_column(table: PageTable) -> jax.Array:

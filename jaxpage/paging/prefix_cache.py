@@ -26,7 +26,7 @@ from jaxpage.paging.cache_state import (
 from jaxpage.paging.eviction import ScoreFn
 from jaxpage.paging.fitting import fitting as fitting_rows
 from jaxpage.paging.host_tier import HostTier
-from jaxpage.paging.in_place import first_read
+from jaxpage.paging.in_place import first_read, once
 from jaxpage.paging.page_table import Appended, num_pages_for
 from jaxpage.paging.prefix_index import Entries, HashFn, Match
 from jaxpage.paging.priority_queue import PriorityQueue
@@ -134,9 +134,10 @@ def append(
     whole: bool = False,
 ) -> tuple[PrefixCache, Appended]:
     """`page_table.append`, for which cached pages leave as far as the stack is short."""
-    demand = jnp.sum(page_table.demand(cache.table, counts))
-    cache = make_room(cache, demand, score, whole=whole)
-    table, appended = page_table.append(cache.table, counts, max_new_pages)
+    counts, cache = first_read(counts, cache)  # an admission may just have written to it
+    needed, cache = first_read(page_table.needs(cache.table, counts), cache)
+    cache = make_room(cache, jnp.sum(needed.demand), score, whole=whole)
+    table, appended = page_table.append(cache.table, counts, max_new_pages, needed)
     return cache.replace(table=table), appended
 
 
@@ -172,6 +173,7 @@ def enter(
         row = flat.row
         column = at(cache.num_indexed, row) + flat.offset
         sequence = at(sequences, row, fill=tokens.shape[0])
+        flat, row, column, sequence = once((flat, row, column, sequence))
         before = cache.page_indices.at[row, jnp.maximum(column - 1, 0)].get(
             mode="fill", fill_value=cache.null
         )
@@ -289,12 +291,9 @@ def release(cache: PrefixCache, rows: jax.Array, *, score: ScoreFn) -> PrefixCac
         stays = (unowned < null) & cache.index.holds(unowned)
         hosted = stays & cache.tier.is_hosted(unowned)
         kept = jnp.where(stays, unowned, null)
-        index = cache.index.replace(
-            last_used=cache.index.last_used.at[kept].set(cache.step, mode="drop")
-        )
         cache = cache.replace(
             table=page_table.free(table, jnp.where(stays, null, unowned)),
-            index=index,
+            index=prefix_index.note_use(cache.index, kept, cache.step, again=0),
             num_cached=cache.num_cached + jnp.sum(stays & ~hosted, dtype=jnp.int32),
             num_host_cached=cache.num_host_cached + jnp.sum(hosted, dtype=jnp.int32),
             num_indexed=cache.num_indexed.at[row].set(0),

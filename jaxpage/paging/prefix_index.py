@@ -12,11 +12,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import lax
 
 from jaxpage.paging.eviction import Usage
-from jaxpage.paging.in_place import first_read
+from jaxpage.paging.in_place import first_read, once
 
+_ENTERED = Usage._fields.index("entered")
 WAYS = 8  # pages a bucket; with four places a page, one in 4,000 finds its bucket full
 
 # (token, its position in the sequence) -> u32; a prefix hashes to the sum over its tokens.
@@ -36,10 +36,7 @@ class PrefixIndex(struct.PyTreeNode):
     digests: jax.Array  # u32[P], hash of all tokens up to the page's end, and the salt
     num_children: jax.Array  # i32[P], pages in the index that name it as parent
     newest_child: jax.Array  # i32[P], P for none
-    depth: jax.Array  # i32[P], pages before it
-    entered: jax.Array  # i32[P], steps
-    last_used: jax.Array  # i32[P], steps
-    num_uses: jax.Array  # i32[P]
+    usages: jax.Array  # i32[P, 4], the fields of `Usage`
 
     @property
     def num_pages(self) -> int:
@@ -59,10 +56,8 @@ class PrefixIndex(struct.PyTreeNode):
         return parents != self.num_pages
 
     def usage(self, page: jax.Array) -> Usage:
-        """What an eviction policy may know of a page."""
-        return Usage(
-            self.entered[page], self.last_used[page], self.num_uses[page], self.depth[page]
-        )
+        """What an eviction policy may know of pages."""
+        return Usage(*jnp.moveaxis(self.usages[page], -1, 0))
 
 
 class Match(NamedTuple):
@@ -110,10 +105,7 @@ def create(num_pages: int, page_size: int) -> PrefixIndex:
         digests=jnp.zeros((num_pages,), jnp.uint32),
         num_children=full(0),
         newest_child=full(num_pages),
-        depth=full(0),
-        entered=full(0),
-        last_used=full(0),
-        num_uses=full(0),
+        usages=jnp.zeros((num_pages, len(Usage._fields)), jnp.int32),
     )
 
 
@@ -152,7 +144,8 @@ def match(
     rest = tokens.at[num_pages * page_size + jnp.arange(page_size)].get(mode="fill", fill_value=-1)
     agrees = jnp.cumprod((_at(index.tokens, child) == rest).astype(jnp.int32))
     agreed = jnp.minimum(jnp.sum(agrees, dtype=jnp.int32), limit - num_pages * page_size)
-    agreed = jnp.where((child < null) & (_at(index.entered, child) < step), agreed, 0)
+    entered = _at(index.usages, child)[_ENTERED]
+    agreed = jnp.where((child < null) & (entered < step), agreed, 0)
     return Match(
         pages=pages,
         num_pages=num_pages,
@@ -167,98 +160,89 @@ def enter(
     """Enters pages, of which some may be there: another row has entered them.
 
     Of each row the entries go in up to the first that cannot: because an equal page is there
-    in its place, or its bucket is full. Returns how many did, `i32[num_rows]`, and the equal page
-    that stopped the row, `i32[num_rows]`, `P` for none.
+    in its place, or its bucket is full. Of equal entries the lowest page goes in. Returns how many
+    did, `i32[num_rows]`, and the equal page that stopped the row, `i32[num_rows]`, `P` for none.
     """
-    null, live = index.num_pages, entries.pages < index.num_pages
-    is_there = index.holds(entries.pages)
+    null, pages, parents = index.num_pages, entries.pages, entries.parents
+    number = jnp.arange(pages.shape[0])
+    earlier = number[:, None] > number[None]
+    follows = (entries.row[:, None] == entries.row[None]) & earlier  # in a row
+    is_there = index.holds(pages)
+    is_live = (pages < null) & ~is_there
     # Rows may share a page that is to be entered: one row enters it, to the others it is there.
-    number = jnp.arange(live.shape[0])
-    is_same = entries.pages[:, None] == entries.pages[None]
-    is_repeat = live & ~is_there & jnp.any(is_same & (number[:, None] > number[None]), axis=1)
-    new = jnp.where(is_there | is_repeat, null, entries.pages)
-    index = index.replace(
-        tokens=index.tokens.at[new].set(entries.tokens, mode="drop"),
-        parents=index.parents.at[new].set(entries.parents, mode="drop"),
-        digests=index.digests.at[new].set(_digests(index, entries, hash_fn), mode="drop"),
+    is_repeat = is_live & jnp.any((pages[:, None] == pages[None]) & earlier, axis=1)
+    is_new = is_live & ~is_repeat
+    digests = once(_digests(index, entries, follows, hash_fn))
+    bucket = bucket_of(index, digests)
+    there = once(index.buckets[bucket])  # [K, WAYS]
+    index = index.replace(  # which means nothing before they are entered
+        tokens=index.tokens.at[jnp.where(is_new, pages, null)].set(entries.tokens, mode="drop")
     )
-    bucket = bucket_of(index, _at(index.digests, entries.pages))
-    buckets, placed, equal = _place(index, entries._replace(pages=new), bucket)
-    placed |= is_there
-    equal = jnp.where(is_repeat, entries.pages, equal)
+    equal = _equal(index, entries, is_new, digests, there)
+    equal = once(jnp.where(is_repeat, pages, equal))
 
-    furthest = jnp.iinfo(jnp.int32).max
-    stops = jnp.where(live & ~placed, entries.offset, furthest)
-    first_stop = jnp.full((num_rows,), furthest, jnp.int32).at[entries.row].min(stops, mode="drop")
-    until = _at(first_stop, entries.row)
-    stays, stop = placed & (entries.offset < until), live & (entries.offset == until)
+    goes = is_new & (equal == null)
+    rank = once(jnp.sum((bucket[:, None] == bucket[None]) & earlier & goes[None], axis=1))
+    way, has_way = once(_empty_way(there == null, rank))
+    stops = is_live & ~(goes & has_way)
+    is_behind = once(jnp.any(follows & stops[None], axis=1))
+    is_first_stop = stops & ~is_behind
+    stays = (pages < null) & ~stops & ~is_behind
 
-    gone = placed & ~stays & ~is_there
-    gone_way = jnp.argmax(buckets[bucket] == entries.pages[:, None], axis=1)
-    gone_row = jnp.where(gone, bucket, buckets.shape[0])
+    enters = stays & ~is_there
+    page = jnp.where(enters, pages, null)
+    parent = jnp.where(enters, parents, null)
+    page, parent = once((page, parent))
+    is_newest = ~jnp.any((parent[:, None] == parent[None]) & (page[:, None] > page[None]), axis=1)
+    usage = Usage(entered=step, last_used=step, num_uses=jnp.ones_like(step), depth=entries.depth)
+    usage = jnp.stack(jnp.broadcast_arrays(*usage), axis=1)
     index = index.replace(
-        buckets=buckets.at[gone_row, gone_way].set(null, mode="drop"),
-        parents=index.parents.at[jnp.where(stays, null, new)].set(null, mode="drop"),
+        buckets=index.buckets.at[jnp.where(enters, bucket, index.buckets.shape[0]), way].set(
+            page, mode="drop"
+        ),
+        parents=index.parents.at[page].set(parents, mode="drop"),
+        digests=index.digests.at[page].set(digests, mode="drop"),
+        usages=index.usages.at[page].set(usage, mode="drop"),
+        num_children=index.num_children.at[parent].add(1, mode="drop"),
+        newest_child=index.newest_child.at[jnp.where(is_newest, parent, null)].set(
+            page, mode="drop"
+        ),
     )
-    index = _record(index, entries, stays & ~is_there, step)
     counts = jnp.zeros((num_rows,), jnp.int32)
     counts = counts.at[entries.row].add(stays.astype(jnp.int32), mode="drop")
-    equal = jnp.where(index.holds(equal), equal, null)  # one of them may just have left again
-    stop_row = jnp.where(stop, entries.row, num_rows)
-    return (
-        index,
-        counts,
-        jnp.full((num_rows,), null, jnp.int32).at[stop_row].set(equal, mode="drop"),
-    )
+    equal = jnp.where(index.holds(equal), equal, null)  # its own row may have stopped before it
+    equals = jnp.full((num_rows,), null, jnp.int32)
+    equals = equals.at[jnp.where(is_first_stop, entries.row, num_rows)].set(equal, mode="drop")
+    return index, counts, equals
 
 
-def _place(
-    index: PrefixIndex, entries: Entries, bucket: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gives every entry an empty place in its bucket, unless an equal page is there.
+def _equal(
+    index: PrefixIndex, entries: Entries, is_new: jax.Array, digests: jax.Array, there: jax.Array
+) -> jax.Array:
+    """The lowest page that equals each entry, of its bucket or of the new entries; `P` for none.
 
-    Returns the buckets, which entries have a place, `bool[K]`, and the pages that equal the others,
-    `i32[K]`, `P` for none. In a turn all try the first empty place; the lowest page gets it.
+    `there: i32[K, WAYS]` are the pages in its bucket. The tokens of one page of each are compared:
+    of several alike, all but one merely collide.
     """
-    null, live = index.num_pages, entries.pages < index.num_pages
-    digests = _at(index.digests, entries.pages)[:, None]
-
-    def place(carry):
-        buckets, open_, placed, equal = carry
-        there = buckets[bucket]
-        alike = (there < null) & open_[:, None] & (_at(index.digests, there) == digests)
-        alike &= _at(index.parents, there) == entries.parents[:, None]
-        # The tokens of one page are compared: of several alike, all but one merely collide.
-        candidate = jnp.min(jnp.where(alike, there, null), axis=1)
-        same = jnp.all(_at(index.tokens, candidate) == entries.tokens, axis=-1)
-        equal = jnp.where(same, jnp.minimum(equal, candidate), equal)
-        empty = there == null
-        tries = open_ & (equal == null) & jnp.any(empty, axis=1)
-        row, way = jnp.where(tries, bucket, buckets.shape[0]), jnp.argmax(empty, axis=1)
-        buckets = buckets.at[row, way].min(entries.pages, mode="drop")
-        wins = tries & (buckets[bucket, way] == entries.pages)
-        return buckets, tries & ~wins, placed | wins, equal
-
-    nothing = jnp.full_like(entries.pages, null)
-    start = (index.buckets, live, jnp.zeros_like(live), nothing)
-    buckets, _, placed, equal = lax.while_loop(lambda carry: jnp.any(carry[1]), place, start)
-    return buckets, placed, equal
+    null, pages, parents = index.num_pages, entries.pages, entries.parents
+    alike = (there < null) & (_at(index.digests, there) == digests[:, None])
+    alike &= _at(index.parents, there) == parents[:, None]
+    found = jnp.min(jnp.where(alike, there, null), axis=1)
+    alike = is_new[None] & (pages[:, None] > pages[None])
+    alike &= (digests[:, None] == digests[None]) & (parents[:, None] == parents[None])
+    beside = jnp.min(jnp.where(alike, pages[None], null), axis=1)
+    candidates = once(jnp.stack([found, beside]))
+    is_equal = jnp.all(_at(index.tokens, candidates) == entries.tokens[None], axis=2)
+    return jnp.min(jnp.where(is_equal, candidates, null), axis=0)
 
 
-def _record(index: PrefixIndex, entries: Entries, stays: jax.Array, step: jax.Array) -> PrefixIndex:
-    """What is known of the entries that stay, and of their parents."""
-    null = index.num_pages
-    pages = jnp.where(stays, entries.pages, null)
-    parents = jnp.where(stays, entries.parents, null)
-    newest_child = index.newest_child.at[parents].set(null, mode="drop")
-    return index.replace(
-        num_children=index.num_children.at[parents].add(1, mode="drop"),
-        newest_child=newest_child.at[parents].min(pages, mode="drop"),
-        depth=index.depth.at[pages].set(entries.depth, mode="drop"),
-        entered=index.entered.at[pages].set(step, mode="drop"),
-        last_used=index.last_used.at[pages].set(step, mode="drop"),
-        num_uses=index.num_uses.at[pages].set(1, mode="drop"),
-    )
+def _empty_way(is_empty: jax.Array, rank: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The empty way after `rank: i32[K]` others, of `bool[K, WAYS]`; and whether there is one."""
+    ways = jnp.arange(is_empty.shape[1])
+    is_before = (ways[:, None] > ways[None])[None]
+    empty_before = jnp.sum(is_empty[:, None] & is_before, axis=2)
+    is_it = is_empty & (empty_before == rank[:, None])
+    return jnp.argmax(is_it, axis=1), jnp.any(is_it, axis=1)
 
 
 def drop(index: PrefixIndex, page: jax.Array) -> tuple[PrefixIndex, jax.Array]:
@@ -283,17 +267,27 @@ def drop(index: PrefixIndex, page: jax.Array) -> tuple[PrefixIndex, jax.Array]:
     return index, parent
 
 
-def _digests(index: PrefixIndex, entries: Entries, hash_fn: HashFn) -> jax.Array:
+def note_use(index: PrefixIndex, pages: jax.Array, step: jax.Array, again: int) -> PrefixIndex:
+    """Notes that distinct `pages: i32[n]` are used in `step`, `again` times more; `P` is none."""
+    usage, usages = first_read(index.usage(pages), index.usages)
+    usage = usage._replace(
+        last_used=jnp.full_like(usage.last_used, step), num_uses=usage.num_uses + again
+    )
+    return index.replace(usages=usages.at[pages].set(jnp.stack(usage, axis=-1), mode="drop"))
+
+
+def _digests(
+    index: PrefixIndex, entries: Entries, follows: jax.Array, hash_fn: HashFn
+) -> jax.Array:
     """The digest of each entry: that of what stands before its row's entries, and their sums."""
-    page_size, row, offset = index.page_size, entries.row, entries.offset
+    page_size = index.page_size
     slots = jnp.arange(page_size, dtype=jnp.int32)[None]
     sums = hash_fn(entries.tokens, entries.depth[:, None] * page_size + slots)
     sums = jnp.sum(sums, axis=1, dtype=jnp.uint32)
     salt = entries.parents - index.num_pages - 1
     before = jnp.where(salt >= 0, _of_salt(salt, hash_fn), _at(index.digests, entries.parents))
-    sums += jnp.where(offset == 0, before, jnp.uint32(0))
-    counts = (row[:, None] == row[None]) & (offset[:, None] >= offset[None])
-    return jnp.sum(jnp.where(counts, sums[None], jnp.uint32(0)), axis=1, dtype=jnp.uint32)
+    sums += jnp.where(entries.offset == 0, before, jnp.uint32(0))
+    return sums + jnp.sum(jnp.where(follows, sums[None], jnp.uint32(0)), axis=1, dtype=jnp.uint32)
 
 
 def _of_salt(salt: jax.Array, hash_fn: HashFn) -> jax.Array:
