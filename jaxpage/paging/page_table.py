@@ -160,13 +160,14 @@ def append(
     null = table.null
     capacity = table.num_pages if max_new_pages is None else max_new_pages
     lengths, held, last = table.lengths + counts, table.held_pages, _last_column(table)
-    needed, table = first_read(needs(table, counts) if needed is None else needed, table)
-    demand, copies = needed.demand, needed.copies
+    of_rows = needs(table, counts) if needed is None else needed
+    of_rows, table = first_read(of_rows, table)
+    demand, copies = of_rows.demand, of_rows.copies
 
     available = jnp.minimum(table.num_free, capacity)
     starved = (demand > 0) & (jnp.cumsum(demand) > available)
     # Whoever counted on a copy that an earlier row does not get is not the last owner.
-    starved |= starved.at[needed.before].get(mode="fill", fill_value=False)
+    starved |= starved.at[of_rows.before].get(mode="fill", fill_value=False)
 
     granted = jnp.where(starved, 0, demand)
     new = ragged.expand(granted, capacity)
@@ -177,10 +178,10 @@ def append(
     page_indices = table.page_indices.at[new.row, column].set(page, mode="drop")
 
     row_status = jnp.where(
-        needed.too_long, status.SLOT_FULL, jnp.where(starved, status.OUT_OF_PAGES, status.OK)
+        of_rows.too_long, status.SLOT_FULL, jnp.where(starved, status.OUT_OF_PAGES, status.OK)
     )
     copied = (copies > 0) & (row_status == status.OK)
-    sources = jnp.where(copied, needed.last_page, null)
+    sources = jnp.where(copied, of_rows.last_page, null)
     targets = jnp.where(copied, jnp.take_along_axis(page_indices, last[:, None], 1)[:, 0], null)
     table = table.replace(
         page_indices=page_indices,

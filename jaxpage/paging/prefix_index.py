@@ -219,7 +219,7 @@ def enter(
 def _equal(
     index: PrefixIndex, entries: Entries, is_new: jax.Array, digests: jax.Array, there: jax.Array
 ) -> jax.Array:
-    """The lowest page that equals each entry, of its bucket or of the new entries; `P` for none.
+    """A page that equals each entry: of its bucket, else the lowest of the new entries, else `P`.
 
     `there: i32[K, WAYS]` are the pages in its bucket. The tokens of one page of each are compared:
     of several alike, all but one merely collide.
@@ -233,7 +233,9 @@ def _equal(
     beside = jnp.min(jnp.where(alike, pages[None], null), axis=1)
     candidates = once(jnp.stack([found, beside]))
     is_equal = jnp.all(_at(index.tokens, candidates) == entries.tokens[None], axis=2)
-    return jnp.min(jnp.where(is_equal, candidates, null), axis=0)
+    # New entries that equal a page of the index do not go in.
+    beside = jnp.where(is_equal[1], beside, null)
+    return jnp.where(is_equal[0], found, beside)
 
 
 def _empty_way(is_empty: jax.Array, rank: jax.Array) -> tuple[jax.Array, jax.Array]:
