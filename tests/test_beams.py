@@ -230,7 +230,7 @@ def test_the_exhaustive_search_waits_longest_and_only_if_length_is_rewarded(pena
         assert length_at_end(search_of([1], 2, 8, penalty, patience), table) == length
 
 
-@pytest.mark.in_ci("paged-swap")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("allocator", "mode"), [("paged", "recompute"), ("lru", "fine"), ("paged", "swap")]
 )

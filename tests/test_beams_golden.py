@@ -84,6 +84,7 @@ def check(engine: Engine, requests: list[Request], searches: list[dict] = SEARCH
     assert int(table.num_free + table.num_cached) == engine.setup.engine.num_pages
 
 
+@pytest.mark.slow
 def test_beams_are_those_of_transformers():
     check(build("lru", page_size=16, num_pages=24 * 5), REQUESTS[:18:2])
 

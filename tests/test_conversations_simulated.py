@@ -82,6 +82,7 @@ def test_content_of_a_first_turn_is_that_of_all_that_follow():
     np.testing.assert_array_equal(run.cached_lens, [0, 8, 8])
 
 
+@pytest.mark.slow
 def test_runs_of_decode_steps_do_not_pass_by_a_turn_that_is_due():
     """All is equal to the bit to what steps taken one a call of the loop give."""
     requests = talks(6, 3, gap_s=0.02)

@@ -25,7 +25,7 @@ def test_no_step_copies_the_pool(allocator, form, num_slots):
     check_nothing_is_copied(allocator, form, num_slots)
 
 
-@pytest.mark.in_ci("fine")
+@pytest.mark.slow
 @pytest.mark.parametrize("preemption", ["fine", "swap"])
 def test_no_step_copies_the_pool_or_that_of_the_host(preemption):
     check_nothing_is_copied("lru", "apart", 4, preemption=preemption, host_pages=40_000)

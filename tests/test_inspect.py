@@ -50,6 +50,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.in_ci("paged_attention_sm90", "page_copy_sm90")
 @pytest.mark.skipif("INSPECT_PYTHON" not in os.environ, reason="`make test` installs compilers")
 @pytest.mark.parametrize("kernel", SUBSET)
 def test_kernels_compile_without_spills_and_use_what_the_card_has(kernel):

@@ -79,7 +79,7 @@ def stale_pages(engine: Engine) -> tuple[int, int]:
     return int(holds[is_free].sum()), int(sum(tail.sum() for tail in tails))
 
 
-@pytest.mark.in_ci("paged-host0")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("allocator", "host"),
     [
@@ -117,7 +117,7 @@ def test_only_pages_are_wiped_one_by_one():
         build(setup_of(config, allocator="oracle"))
 
 
-@pytest.mark.in_ci("7")
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt_len", [7, 8, 9])  # a last page with room, none, and almost all
 def test_sequences_that_share_a_prompts_pages_go_on_as_if_each_had_its_own(prompt_len):
     prompt = PROMPTS[-1][:prompt_len]

@@ -50,6 +50,7 @@ def row(shape: str, implementation: str, median_s: float | None) -> dict:
 # --- the command ---------------------------------------------------------------------------------
 
 
+@pytest.mark.in_ci("()-*")
 @pytest.mark.parametrize(
     ("flags", "messages"),
     [

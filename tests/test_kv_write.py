@@ -96,6 +96,7 @@ def test_arrays_that_do_not_fit_are_refused_with_their_shapes(change, message):
         write_kv(**(dict(zip(names, problem(2), strict=True)) | change))
 
 
+@pytest.mark.in_ci("512")
 @pytest.mark.skipif("INSPECT_PYTHON" not in os.environ, reason="`make test` installs compilers")
 @pytest.mark.parametrize("num_tokens", [1, 512])
 def test_on_a_gpu_the_write_is_in_place_and_rotates_keys_on_the_way(num_tokens):

@@ -278,6 +278,7 @@ def test_simulate_finds_the_highest_rate_within_a_limit(tmp_path, trace):
     assert json.loads((out / "summary.json").read_text()) == last
 
 
+@pytest.mark.slow
 def test_simulate_refuses_what_it_cannot_do(tmp_path, trace):
     base = (f"--trace={trace}", "--trace_format=azure", f"--out={tmp_path / 'out'}")
     assert_fails_with(run_script("simulate", *base, "--device=b200"), "'b200'", "a100-80gb")

@@ -211,7 +211,7 @@ every_case = [
 ]
 
 
-@pytest.mark.in_ci("fine-paged", "auto-lru")
+@pytest.mark.in_ci("fine-paged")
 @pytest.mark.parametrize(("mode", "allocator"), every_case)
 @given(workload=st.lists(asks_of, min_size=2, max_size=MOST_REQUESTS))
 @settings(deadline=None, max_examples=25)
@@ -222,7 +222,7 @@ def test_whatever_makes_way_prints_what_it_would_have_printed(mode, allocator, w
     check(serving, workload)
 
 
-@pytest.mark.in_ci("fine-paged")
+@pytest.mark.slow
 @pytest.mark.parametrize("allocator", ["lru", "paged"])
 @pytest.mark.parametrize("mode", ["fine", "swap", "fine, small host"])
 @given(workload=st.lists(asks_of, min_size=3, max_size=MOST_REQUESTS))

@@ -52,6 +52,7 @@ def seen_in(simulation) -> dict:
     }
 
 
+@pytest.mark.slow
 def test_recorded_owners_are_those_of_the_page_table():
     tables, asked = [], recorded_pages.requests()
     recording = recorded_pages.record("paged", asked, lambda now: tables.append(seen_in(now)))
