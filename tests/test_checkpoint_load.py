@@ -81,8 +81,8 @@ def test_parameters_are_restored_straight_into_their_shardings(tmp_path, as_func
 def test_a_folder_of_another_version_is_refused(tmp_path):
     saved(tmp_path / "mine")
     path = tmp_path / "mine" / "jaxpage.json"
-    path.write_text(path.read_text().replace('"version": 1', '"version": 0'))
-    with pytest.raises(CheckpointError, match="format version 0"):
+    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
+    with pytest.raises(CheckpointError, match="format version 1"):
         load_model(str(tmp_path / "mine"), jnp.float32)
 
 

@@ -1,4 +1,4 @@
-"""Foreign tensor names: where each lands in our parameters, and the copying of them.
+"""Foreign tensor names: where each lands in our parameters, and the copying of them, row by row.
 
 The tables are the whole knowledge of the two formats. A weight's leading destination axes are
 merged into the rows of the foreign matrix, so foreign shapes follow from ours.
@@ -6,9 +6,9 @@ merged into the rows of the foreign matrix, so foreign shapes follow from ours.
 
 import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -17,15 +17,17 @@ from jaxpage.checkpoint.errors import CheckpointError
 from jaxpage.config import ModelConfig
 from jaxpage.model.params import Params, is_spec, param_specs
 
+BLOCK_BYTES = 32 * 2**20  # of a tensor that are in memory at once
+
 
 class TensorSource(Protocol):
-    """A foreign checkpoint: the shapes of its tensors, and the values of one at a time."""
+    """A foreign checkpoint: the shapes of its tensors, and some rows of one at a time."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
-    def read(self, name: str) -> np.ndarray:
-        """The values of one tensor, in its own shape and a floating dtype."""
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Those of a tensor along its first axis, in a floating dtype."""
         ...
 
 
@@ -92,10 +94,11 @@ GGUF_NAMES = NameTable(
     ignored=("rope_freqs.weight",),  # read with the configuration, which it must agree with
 )
 
+# Indices from the start: an array on disk takes no others.
 _PARTS = {
-    "query": lambda leaf: leaf[:, :-2],
-    "key": lambda leaf: leaf[:, -2],
-    "value": lambda leaf: leaf[:, -1],
+    "query": lambda leaf: leaf[:, : leaf.shape[1] - 2],
+    "key": lambda leaf: leaf[:, leaf.shape[1] - 2],
+    "value": lambda leaf: leaf[:, leaf.shape[1] - 1],
     "gate": lambda leaf: leaf[0],
     "up": lambda leaf: leaf[1],
     "": lambda leaf: leaf,
@@ -107,52 +110,94 @@ class _Landing:
     """One foreign tensor's place: its rule and the view of our leaf that it fills."""
 
     rule: Rule
-    view: np.ndarray
+    view: Any  # an array, in memory or on disk
 
     @property
     def foreign_shape(self) -> tuple[int, ...]:
         rows, rest = self.view.shape[: self.rule.rows], self.view.shape[self.rule.rows :]
         return (math.prod(rows), *((math.prod(rest),) if rest else ()))
 
-    def fill(self, values: np.ndarray) -> None:
-        if self.rule.permuted:  # rows of a head go pair by pair; ours are halves
-            dim = self.view.shape[self.rule.rows - 1]
-            values = values.reshape(-1, dim // 2, 2, values.shape[-1]).swapaxes(1, 2)
-        self.view[...] = values.reshape(self.view.shape)
+    def fill(self, source: TensorSource, name: str, dtype: np.dtype) -> None:
+        """Copies the tensor, a few rows at a time."""
+        shape, permuted = self.view.shape, self.rule.permuted
+        for start, stop in _blocks(shape, dtype):
+            values = self.read(source, name, start, stop).astype(dtype, copy=False)
+            if permuted:  # rows of a head go pair by pair; ours are halves
+                dim = shape[self.rule.rows - 1]
+                values = values.reshape(-1, dim // 2, 2, values.shape[-1]).swapaxes(1, 2)
+            self.view[start:stop] = values.reshape(stop - start, *shape[1:])
+
+    def read(self, source: TensorSource, name: str, start: int, stop: int) -> np.ndarray:
+        """Of the foreign tensor what lands in `view[start:stop]`."""
+        rows = math.prod(self.view.shape[1 : self.rule.rows])
+        values = source.rows(name, start * rows, stop * rows)
+        if values.dtype.name not in ("float64", "float32", "float16", "bfloat16"):
+            raise CheckpointError(
+                f"tensor {name} has dtype {values.dtype}; use a checkpoint in float32, float16 or "
+                "bfloat16, or a GGUF"
+            )
+        return values
 
 
-def convert(config: ModelConfig, table: NameTable, source: TensorSource, dtype: np.dtype) -> Params:
-    """Copies a foreign checkpoint into our parameters, one tensor at a time.
+def check(config: ModelConfig, table: NameTable, source: TensorSource) -> None:
+    """Looks whether a checkpoint of the format of `table` holds the model, and reads nothing.
+
+    Raises:
+      CheckpointError: naming every unknown, missing or misshapen tensor.
+    """
+    specs = jax.tree.leaves(param_specs(config), is_leaf=is_spec)
+    nothing = jax.tree.map(
+        lambda spec: np.broadcast_to(np.float32(0), spec.shape),
+        param_specs(config),
+        is_leaf=is_spec,
+    )
+    landings = _landings(config, table, nothing)
+    skipped = {table.head} if _has_tied_head(config, table, source) else set()
+    _check_names(landings, source.shapes, skipped, table.ignored)
+    num_filled = sum(landing.view.size for landing in landings.values())
+    num_expected = sum(math.prod(spec.shape) for spec in specs)
+    if num_filled != num_expected:
+        raise CheckpointError(f"the names fill {num_filled} of {num_expected} numbers")
+
+
+def convert(
+    config: ModelConfig,
+    table: NameTable,
+    source: TensorSource,
+    dtype: np.dtype,
+    leaves: Params,
+    done: Collection[str] = (),
+    note: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Copies a foreign checkpoint into our parameters, one tensor after the other.
 
     Args:
-      config: the model that the checkpoint must hold.
+      config: the model that the checkpoint must hold, see `check`.
       table: the names of the checkpoint's format.
       source: its tensors.
       dtype: float32 or bfloat16; values are rounded to it from the source's.
-
-    Returns:
-      Parameters shaped as `param_specs(config)`, in host memory.
-
-    Raises:
-      CheckpointError: naming every unknown, missing or misshapen tensor, before any is read.
+      leaves: arrays shaped as `param_specs(config)`, in memory or on disk.
+      done: names of tensors that are there already.
+      note: is told the name of each that is.
     """
-    params = jax.tree.map(
-        lambda spec: np.empty(spec.shape, dtype), param_specs(config), is_leaf=is_spec
-    )
-    landings = _landings(config, table, params)
-    tied_head = config.tie_embeddings and table.head in source.shapes
-    skipped = {table.head} if tied_head else set()
-    _check_names(landings, source.shapes, skipped, table.ignored)
-    num_filled = 0
+    landings = _landings(config, table, leaves)
     for name, landing in landings.items():
-        landing.fill(_read_floating(source, name))
-        num_filled += landing.view.size
-    num_expected = sum(leaf.size for leaf in jax.tree.leaves(params))
-    if num_filled != num_expected:
-        raise CheckpointError(f"the names fill {num_filled} of {num_expected} numbers")
-    if tied_head:
-        _check_tied_head(params["embed"], table.head, _read_floating(source, table.head))
-    return params
+        if name not in done:
+            landing.fill(source, name, dtype)
+            note(name)
+    if _has_tied_head(config, table, source):
+        head = _Landing(Rule(table.head, ("embed",)), leaves["embed"])
+        _check_tied_head(head, source, table.head, dtype)
+
+
+def _has_tied_head(config: ModelConfig, table: NameTable, source: TensorSource) -> bool:
+    return config.tie_embeddings and table.head in source.shapes
+
+
+def _blocks(shape: tuple[int, ...], dtype: np.dtype) -> Iterator[tuple[int, int]]:
+    """Ranges along the first axis, of at most `BLOCK_BYTES`, or one."""
+    step = max(BLOCK_BYTES // (math.prod(shape[1:]) * dtype.itemsize), 1)
+    return ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
 def _landings(config: ModelConfig, table: NameTable, params: Params) -> dict[str, _Landing]:
@@ -163,7 +208,7 @@ def _landings(config: ModelConfig, table: NameTable, params: Params) -> dict[str
             leaf = leaf.get(key) if isinstance(leaf, dict) else None
         if leaf is None:  # a head, where embeddings are tied
             continue
-        assert isinstance(leaf, np.ndarray)
+        assert not isinstance(leaf, dict)
         if "{}" not in rule.name:
             landings[rule.name] = _Landing(rule, leaf)
             continue
@@ -199,19 +244,14 @@ def _check_names(
         )
 
 
-def _read_floating(source: TensorSource, name: str) -> np.ndarray:
-    values = source.read(name)
-    if values.dtype.name not in ("float64", "float32", "float16", "bfloat16"):
+def _check_tied_head(head: _Landing, source: TensorSource, name: str, dtype: np.dtype) -> None:
+    embed, shape = head.view, source.shapes[name]
+    same = tuple(shape) == tuple(embed.shape)
+    for start, stop in _blocks(embed.shape, dtype) if same else ():
+        values = head.read(source, name, start, stop).astype(dtype, copy=False)
+        same = same and np.array_equal(values, np.asarray(embed[start:stop]))
+    if not same:
         raise CheckpointError(
-            f"tensor {name} has dtype {values.dtype}; use a checkpoint in float32, float16 or "
-            "bfloat16, or a GGUF"
-        )
-    return values
-
-
-def _check_tied_head(embed: np.ndarray, name: str, values: np.ndarray) -> None:
-    if values.shape != embed.shape or not np.array_equal(values.astype(embed.dtype), embed):
-        raise CheckpointError(
-            f"{name} {values.shape} differs from the embedding {embed.shape} although the "
+            f"{name} {tuple(shape)} differs from the embedding {tuple(embed.shape)} although the "
             "configuration ties them; set tie_word_embeddings to false"
         )

@@ -41,15 +41,19 @@ class GgufFile:
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, dequantised."""
+        return self.rows(name, 0, self.shapes[name][0])
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows of one tensor, dequantised."""
         tensor = self._tensors[name]
         try:
-            values = self._gguf.dequantize(tensor.data, tensor.tensor_type)
+            values = self._gguf.dequantize(tensor.data[start:stop], tensor.tensor_type)
         except NotImplementedError as error:
             raise CheckpointError(
                 f"{self.path.name}: {name} is stored as {tensor.tensor_type.name}, which the "
                 "gguf library cannot dequantise; use a file with Q4_1, Q8_0, F16 or the like"
             ) from error
-        return values.reshape(self.shapes[name])
+        return values.reshape(stop - start, *self.shapes[name][1:])
 
     def field(self, key: str, default: Any = None) -> Any:
         """A metadata value; None or `default` where the file does not have it."""

@@ -1,7 +1,6 @@
 """Reads the weights of a Hugging Face folder: one `.safetensors` file, or shards and an index."""
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,49 +34,44 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 class SafetensorsFiles:
-    """Open safetensors files as one `TensorSource`; a context manager.
+    """Safetensors files as one `TensorSource`.
 
-    A file that is damaged or ends too early, or a tensor in two files, raises
-    `CheckpointError` on entering.
+    A file that is damaged or ends too early, or a tensor in two files, raises `CheckpointError`.
     """
 
     def __init__(self, paths: list[Path]):
-        self._paths = paths
-        self._stack = ExitStack()
-        self._files: dict[str, Any] = {}  # tensor name -> open file
-        self.shapes: Mapping[str, tuple[int, ...]] = {}
-
-    def __enter__(self) -> "SafetensorsFiles":
-        library = optional_library("safetensors", "read .safetensors files")
+        self._library = optional_library("safetensors", "read .safetensors files")
+        self._files: dict[str, Path] = {}  # by tensor
         shapes = {}
-        with ExitStack() as stack:
-            for path in self._paths:
-                try:
-                    file = stack.enter_context(library.safe_open(path, framework="numpy"))
-                except (OSError, library.SafetensorError) as error:
-                    raise CheckpointError(
-                        f"{path} cannot be read as safetensors: {error}. The file is damaged or "
-                        f"ends too early: fetch it again"
-                    ) from error
+        for path in paths:
+            with self._open(path) as file:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
                     if name in shapes:
                         raise CheckpointError(
                             f"tensor {name} is in {path.name} and in another file; keep one"
                         )
                     shapes[name] = tuple(file.get_slice(name).get_shape())
-                    self._files[name] = file
-            self._stack = stack.pop_all()
-        self.shapes = shapes
-        return self
+                    self._files[name] = path
+        self.shapes: Mapping[str, tuple[int, ...]] = shapes
 
-    def __exit__(self, *exc_info) -> None:
-        self._files.clear()
-        self._stack.close()
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, in its stored dtype."""
+    def _open(self, path: Path) -> Any:
         try:
-            return self._files[name].get_tensor(name)
+            return self._library.safe_open(path, framework="numpy")
+        except (OSError, self._library.SafetensorError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read as safetensors: {error}. The file is damaged or "
+                f"ends too early: fetch it again"
+            ) from error
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows of one tensor, in its stored dtype."""
+        # Opened each time: what has been read of an open file stays in this process's memory.
+        with self._open(self._files[name]) as file:
+            return self._rows(file, name, start, stop)
+
+    def _rows(self, file: Any, name: str, start: int, stop: int) -> np.ndarray:
+        try:
+            return file.get_slice(name)[start:stop]
         except (TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(
                 f"tensor {name} cannot be read: {error}; use float32, float16 or bfloat16"

@@ -12,9 +12,17 @@ from jax.typing import DTypeLike
 
 from jaxpage.checkpoint import store
 from jaxpage.checkpoint.errors import CheckpointError
-from jaxpage.checkpoint.foreign import GGUF_NAMES, HF_NAMES, convert
+from jaxpage.checkpoint.foreign import (
+    GGUF_NAMES,
+    HF_NAMES,
+    NameTable,
+    TensorSource,
+    check,
+    convert,
+)
 from jaxpage.checkpoint.gguf_file import GgufFile, read_gguf_config
 from jaxpage.checkpoint.gguf_tokenizer import read_gguf_tokenizer
+from jaxpage.checkpoint.growing import GrowingParams
 from jaxpage.checkpoint.hf_config import read_hf_config
 from jaxpage.checkpoint.hf_files import SafetensorsFiles, safetensors_files
 from jaxpage.checkpoint.tokenizer import Tokenizer, read_tokenizer
@@ -125,13 +133,13 @@ def _prepare(model: str, dtype: np.dtype) -> Path:
 
 
 def _convert_gguf(path: Path, dtype: np.dtype, name: str) -> Path:
-    def run():
+    def write(folder: Path) -> None:
         file = GgufFile(path)
         config = replace(read_gguf_config(file), name=name)
-        params = convert(config, GGUF_NAMES, file, dtype)
-        return config, params, read_gguf_tokenizer(file, config.eos_ids)
+        tokenizer = read_gguf_tokenizer(file, config.eos_ids)
+        _convert(folder, config, GGUF_NAMES, file, dtype, tokenizer)
 
-    return store.cached_conversion([path], name, dtype, run)
+    return store.cached_conversion([path], name, dtype, write)
 
 
 def _convert_hf(folder: Path, dtype: np.dtype) -> Path:
@@ -143,14 +151,29 @@ def _convert_hf(folder: Path, dtype: np.dtype) -> Path:
         )
     sides = [folder / name for name in _SIDE_FILES if (folder / name).is_file()]
 
-    def run():
-        config = read_hf_config(folder)
-        with SafetensorsFiles(weights) as source:
-            params = convert(config, HF_NAMES, source, dtype)
-        return config, params, read_tokenizer(folder, config.eos_ids)
+    def write(cached: Path) -> None:
+        config, source = read_hf_config(folder), SafetensorsFiles(weights)
+        tokenizer = read_tokenizer(folder, config.eos_ids)
+        _convert(cached, config, HF_NAMES, source, dtype, tokenizer)
 
-    name = folder.resolve().name
-    return store.cached_conversion([*weights, *sides], name, dtype, run)
+    return store.cached_conversion([*weights, *sides], folder.resolve().name, dtype, write)
+
+
+def _convert(
+    folder: Path,
+    config: ModelConfig,
+    names: NameTable,
+    source: TensorSource,
+    dtype: np.dtype,
+    tokenizer: Tokenizer | None,
+) -> None:
+    """Copies a model from `source` to `folder` row by row, going on where somebody left off."""
+    check(config, names, source)
+
+    def fill(growing: GrowingParams) -> None:
+        convert(config, names, source, dtype, growing.leaves, growing.done, growing.note)
+
+    store.write_model(folder, config, dtype, tokenizer, fill)
 
 
 def _resolve(shardings: Shardings | None, config: ModelConfig) -> Params:

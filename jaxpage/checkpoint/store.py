@@ -2,28 +2,32 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-import uuid
-import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import numpy as np
-from absl import logging as absl_logging
 
 from jaxpage.checkpoint.errors import CheckpointError
+from jaxpage.checkpoint.growing import DONE, GrowingParams
 from jaxpage.checkpoint.hf_config import read_json
+from jaxpage.checkpoint.orbax_files import restore_tree
 from jaxpage.checkpoint.tokenizer import Tokenizer
 from jaxpage.config import ModelConfig, RopeScaling
 from jaxpage.model.params import Params, is_spec, param_specs
 
-_FORMAT_VERSION = 1  # raised when the parameter tree or the folder's layout changes
+_FORMAT_VERSION = 2  # raised when the parameter tree or the folder's layout changes
 _MANIFEST = "jaxpage.json"
 _PARAMS = "params"
+_LOCK = "lock"
+_WHILE_GROWING = (_LOCK, DONE)
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -34,42 +38,65 @@ def is_model_folder(folder: Path) -> bool:
 def save_model(
     folder: Path, config: ModelConfig, params: Params, tokenizer: Tokenizer | None
 ) -> None:
-    """Writes a model into `folder`, which must not exist; all of it or nothing.
+    """Writes a model that is in memory, see `write_model`."""
 
-    Everything is written beside it and renamed at the end. If another process has written the
-    same folder meanwhile, that one stays.
+    def fill(growing: GrowingParams) -> None:
+        def write(leaf, on_disk):
+            on_disk[...] = np.asarray(leaf)
+
+        jax.tree.map(write, params, growing.leaves)
+
+    dtype = np.dtype(jax.tree.leaves(params)[0].dtype)
+    write_model(folder, config, dtype, tokenizer, fill)
+
+
+def write_model(
+    folder: Path,
+    config: ModelConfig,
+    dtype: np.dtype,
+    tokenizer: Tokenizer | None,
+    fill: Callable[[GrowingParams], None],
+) -> None:
+    """Writes a model into `folder`, which must not exist, by way of `fill`.
+
+    It grows beside `folder`, and is renamed at the end. What is interrupted is gone on with by the
+    next who writes the same, one at a time. If somebody else has done it meanwhile, that stays.
     """
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     try:
-        partial.mkdir(parents=True)
-        _save_params(partial / _PARAMS, params)
-        if tokenizer is not None:
-            tokenizer.save(partial)
-        manifest = {
-            "version": _FORMAT_VERSION,
-            "config": dataclasses.asdict(config),
-            "file_bytes": _file_bytes(partial),
-        }
-        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        partial.rename(folder)
+        if folder.is_dir() and not is_model_folder(folder) and any(folder.iterdir()):
+            raise FileExistsError(f"{folder} holds something else")
+        with _growing(folder) as partial:
+            if is_model_folder(folder):
+                shutil.rmtree(partial, ignore_errors=True)
+                return
+            growing = GrowingParams(partial / _PARAMS, config, dtype)
+            fill(growing)
+            if tokenizer is not None:
+                tokenizer.save(partial)
+            manifest = {
+                "version": _FORMAT_VERSION,
+                "config": dataclasses.asdict(config),
+                "files": _checksums(partial),
+            }
+            (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            partial.rename(folder)
+            for name in _WHILE_GROWING:
+                (folder / name).unlink(missing_ok=True)
     except OSError as error:
-        if not is_model_folder(folder):
-            raise CheckpointError(
-                f"{folder} cannot be written: {error}. Choose another place (for the cache: "
-                "JAXPAGE_CACHE), or free this one"
-            ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"{folder} cannot be written: {error}. Choose another place (for the cache: "
+            "JAXPAGE_CACHE), or free this one"
+        ) from error
 
 
-def _save_params(folder: Path, params: Params) -> None:
-    import orbax.checkpoint as ocp
-
-    with _quiet():
-        # Uncompressed: restoring takes half the time.
-        handler = ocp.PyTreeCheckpointHandler(use_compression=False)
-        with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(folder.resolve(), args=ocp.args.PyTreeSave(params))
+@contextlib.contextmanager
+def _growing(folder: Path) -> Iterator[Path]:
+    """The folder that becomes `folder`, for one process at a time."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    with (partial / _LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, or the process dies
+        yield partial
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -80,16 +107,7 @@ def read_config(folder: Path) -> ModelConfig:
             f"{folder} has format version {manifest.get('version')}, this program reads "
             f"{_FORMAT_VERSION}; convert the model again"
         )
-    found_bytes = _file_bytes(folder)
-    damaged = [
-        f"{name} ({found_bytes.get(name, 0)} of {num_bytes} bytes)"
-        for name, num_bytes in manifest["file_bytes"].items()
-        if found_bytes.get(name) != num_bytes
-    ]
-    if damaged:
-        raise CheckpointError(
-            f"{folder} is damaged: {', '.join(damaged[:4])}. Delete it and load the model again"
-        )
+    _check_files(folder, manifest["files"])
     config = dict(manifest["config"])
     scaling = config["rope_scaling"]
     config["rope_scaling"] = None if scaling is None else RopeScaling(**scaling)
@@ -97,19 +115,42 @@ def read_config(folder: Path) -> ModelConfig:
     return ModelConfig(**config)
 
 
-def _file_bytes(folder: Path) -> dict[str, int]:
-    """Sizes of all files in a folder, by their path in it."""
-    return {
-        path.relative_to(folder).as_posix(): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+def _check_files(folder: Path, written: dict[str, list[int]]) -> None:
+    """Looks whether all files are as they were written, to the bit."""
+    found = _checksums(folder)
+    damaged = []
+    for name, (num_bytes, checksum) in written.items():
+        there = found.get(name, [0, 0])
+        if there[0] != num_bytes:
+            damaged.append(f"{name} ({there[0]} of {num_bytes} bytes)")
+        elif there[1] != checksum:
+            damaged.append(f"{name} (checksum {there[1]:08x} in place of {checksum:08x})")
+    if damaged:
+        raise CheckpointError(
+            f"{folder} is damaged: {', '.join(damaged[:4])}. Delete it and load the model again"
+        )
+
+
+def _checksums(folder: Path) -> dict[str, list[int]]:
+    """Bytes and CRC-32 of all files of a model in a folder, by their path in it."""
+    others = {folder / name for name in (_MANIFEST, *_WHILE_GROWING)}
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path not in others]
+    with ThreadPoolExecutor() as pool:
+        sums = pool.map(_checksum, paths)
+        names = (path.relative_to(folder).as_posix() for path in paths)
+        return dict(zip(names, sums, strict=True))
+
+
+def _checksum(path: Path) -> list[int]:
+    num_bytes = checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            num_bytes, checksum = num_bytes + len(block), zlib.crc32(block, checksum)
+    return [num_bytes, checksum]
 
 
 def read_params(folder: Path, config: ModelConfig, dtype: np.dtype, shardings: Params) -> Params:
     """Restores parameters straight into `shardings`, a tree like theirs."""
-    import orbax.checkpoint as ocp
-
     abstract = jax.tree.map(
         lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=sharding),
         param_specs(config),
@@ -117,8 +158,7 @@ def read_params(folder: Path, config: ModelConfig, dtype: np.dtype, shardings: P
         is_leaf=is_spec,
     )
     try:
-        with _quiet(), ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore((folder / _PARAMS).resolve(), abstract)
+        return restore_tree(folder / _PARAMS, abstract)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{folder} cannot be restored: {error}. Delete it and load the model again"
@@ -138,9 +178,9 @@ def cached_conversion(
     sources: Sequence[Path],
     name: str,
     dtype: np.dtype,
-    convert: Callable[[], tuple[ModelConfig, Params, Tokenizer | None]],
+    write: Callable[[Path], None],
 ) -> Path:
-    """The cached folder of a conversion to `dtype`, converting if there is none.
+    """The cached folder of a conversion to `dtype`, which `write` makes if there is none.
 
     A conversion is found again by the paths, sizes and times of the files it was made from.
     """
@@ -151,18 +191,5 @@ def cached_conversion(
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     folder = cache_folder() / f"{name}-{dtype.name}-{digest}"
     if not is_model_folder(folder):
-        save_model(folder, *convert())
+        write(folder)
     return folder
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps orbax's progress notes and its libraries' warnings from the user."""
-    verbosity = absl_logging.get_verbosity()
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        absl_logging.set_verbosity(verbosity)

@@ -42,12 +42,14 @@ def param_specs(config: ModelConfig) -> dict:
         "embed": ParamSpec((V, E), ("vocab", "embed"), E),
         "layers": {
             "attn_norm": norm(L, E),
-            "qkv": ParamSpec((L, K, G + 2, D, E), ("layers", "kv_heads", None, None, "embed"), E),
+            "qkv": ParamSpec(
+                (L, K, G + 2, D, E), ("layers", "kv_heads", "parts", None, "embed"), E
+            ),
             "out": ParamSpec(
                 (L, E, K, G, D), ("layers", "embed", "kv_heads", None, None), K * G * D
             ),
             "mlp_norm": norm(L, E),
-            "gate_up": ParamSpec((L, 2, F, E), ("layers", None, "mlp", "embed"), E),
+            "gate_up": ParamSpec((L, 2, F, E), ("layers", "parts", "mlp", "embed"), E),
             "down": ParamSpec((L, E, F), ("layers", "embed", "mlp"), F),
         },
         "final_norm": norm(E),
