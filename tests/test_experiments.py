@@ -290,6 +290,7 @@ def test_help_explains_every_flag_in_sentences(tmp_path):
         "claim_eviction",
         "claim_lunch",
         "claim_sharing",
+        "convert_checkpoint",
         "demo",
         "fig15_sharing_savings",
         "make_workload",

@@ -1,5 +1,6 @@
 """Conversions that stop anywhere are gone on with, and nothing half written is taken for whole."""
 
+import json
 import math
 import signal
 import subprocess
@@ -143,3 +144,15 @@ def test_pieces_and_what_devices_read_are_whole_chunks_of_bounded_size():
             assert chunk == 1 or axis not in ("layers", "parts")
             if axis in AXIS_RULES:
                 assert size // 8 % chunk == 0 or chunk <= size // 8
+
+
+def test_the_script_tells_where_the_model_is_and_what_it_took(tmp_path):
+    folder = write_hf(tmp_path / "small", CONFIG, hf_tensors(CONFIG))
+    command = [sys.executable, "-m", "experiments.convert_checkpoint", f"--model={folder}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout.splitlines()[-1])
+    assert store.is_model_folder(Path(row["folder"]))
+    assert row["largest_tensor_bytes"] == 4 * CONFIG.mlp_dim * CONFIG.embed_dim
+    done = subprocess.run([*command, "--synthetic_gb=3"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "one of them says what to convert" in done.stderr

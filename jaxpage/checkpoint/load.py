@@ -79,7 +79,7 @@ def load_model(model: str, dtype: DTypeLike, *, shardings: Shardings | None = No
         config = _preset_named(model.removeprefix(RANDOM))
         params = init_params(config, jax.random.key(0), dtype)
         return LoadedModel(config, jax.device_put(params, _resolve(shardings, config)), None)
-    folder = _prepare(model, dtype)
+    folder = converted(model, dtype)
     config = store.read_config(folder)
     params = store.read_params(folder, config, dtype, _resolve(shardings, config))
     return LoadedModel(config, params, read_tokenizer(folder, config.eos_ids))
@@ -112,7 +112,7 @@ def packaged_tokenizer(preset: str) -> Tokenizer:
     return read_gguf_tokenizer(file, read_gguf_config(file).eos_ids)
 
 
-def _prepare(model: str, dtype: np.dtype) -> Path:
+def converted(model: str, dtype: np.dtype) -> Path:
     """The folder in our own format that holds `model`, converted if need be."""
     if model in _PACKAGED:
         return _convert_gguf(packaged_weights(model), dtype, model)
