@@ -110,6 +110,17 @@ def test_what_a_killed_process_wrote_is_kept_and_another_goes_on(tmp_path, monke
     assert len(names) == len(tensors) - 5
 
 
+def test_processes_that_convert_the_same_at_once_all_have_it(tmp_path):
+    tensors = hf_tensors(CONFIG)
+    folder = write_hf(tmp_path / "small", CONFIG, tensors)
+    command = [sys.executable, "-c", KILLED, str(folder), "1000"]
+    processes = [subprocess.Popen(command, cwd=ROOT) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert_params_are(load_model(str(folder), jnp.float32).params, tensors, CONFIG)
+    (cached,) = store.cache_folder().iterdir()
+    assert {path.name for path in cached.iterdir()} <= {"jaxpage.json", "params", "lock"}
+
+
 @pytest.mark.parametrize("form", ["hf", "gguf"])
 def test_tensors_are_copied_in_blocks_of_rows(tmp_path, monkeypatch, form):
     monkeypatch.setattr(foreign, "BLOCK_BYTES", 600)
