@@ -34,7 +34,7 @@ from jaxpage.model.presets import PRESETS
 
 FLAGS = flags.FLAGS
 
-STATUS = Path("/proc/self/status")  # only Linux has it
+STATUS, RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux has them
 BYTES = 2  # of a synthetic weight
 
 
@@ -62,6 +62,7 @@ def main(_: list[str]) -> None:
 
 def measure(model: str, dtype: str) -> dict:
     """Converts, unless it is there already, and tells what that took."""
+    RESET_PEAK.write_text("5")
     before = memory_bytes("VmRSS")
     start_s = time.perf_counter()
     folder = converted(model, jnp.dtype(dtype))
@@ -81,7 +82,7 @@ def measure(model: str, dtype: str) -> dict:
 
 
 def memory_bytes(name: str) -> int:
-    """A figure of this process's memory, resident (`VmRSS`) or the most of it (`VmHWM`)."""
+    """Of this process's memory what is resident (`VmRSS`), or the most since a reset (`VmHWM`)."""
     for line in STATUS.read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
@@ -89,23 +90,7 @@ def memory_bytes(name: str) -> int:
 
 
 def write_synthetic(folder: Path, num_gb: int) -> None:
-    """A Llama of about `num_gb` GB in bfloat16, in shards, with layers as those of Llama 3.1 8B.
-
-    A process of its own writes it, whose memory is not this one's.
-    """
-    child = os.fork()
-    if child == 0:
-        try:
-            _write_shards(folder, num_gb)
-        except BaseException as error:
-            os.write(2, f"{error}\n".encode())
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    require(status == 0, f"--synthetic_gb={num_gb}: the checkpoint could not be written")
-
-
-def _write_shards(folder: Path, num_gb: int) -> None:
+    """A Llama of about `num_gb` GB in bfloat16, in shards, with layers as those of Llama 3.1 8B."""
     library = optional_library("safetensors.numpy", "write .safetensors files")
     large = replace(PRESETS["llama-3.1-8b"], rope_scaling=None)
     one, two = (BYTES * num_parameters(replace(large, num_layers=n)) for n in (1, 2))

@@ -110,6 +110,41 @@ def test_what_a_killed_process_wrote_is_kept_and_another_goes_on(tmp_path, monke
     assert len(names) == len(tensors) - 5
 
 
+FULL_DISK = """
+import resource, sys
+from jaxpage.checkpoint.errors import CheckpointError
+from jaxpage.checkpoint.load import load_model
+resource.setrlimit(resource.RLIMIT_FSIZE, (3500, 3500))  # less than one chunk of `out`
+try:
+    load_model(sys.argv[1], "float32")
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_a_place_that_takes_no_more_is_an_error_and_what_it_took_is_kept(tmp_path, monkeypatch):
+    tensors = hf_tensors(CONFIG)
+    folder = write_hf(tmp_path / "small", CONFIG, tensors)
+    command = [sys.executable, "-c", FULL_DISK, str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "cannot be written" in done.stdout and "JAXPAGE_CACHE" in done.stdout
+    names = rows_read(monkeypatch)
+    assert_params_are(load_model(str(folder), jnp.float32).params, tensors, CONFIG)
+    assert 0 < len(names) < len(tensors)
+
+
+def test_an_array_that_was_damaged_meanwhile_is_not_begun_anew(tmp_path, monkeypatch):
+    folder = write_hf(tmp_path / "small", CONFIG, hf_tensors(CONFIG))
+    with monkeypatch.context() as patch:
+        rows_read(patch, stop_after=9)
+        with pytest.raises(KeyboardInterrupt):
+            load_model(str(folder), jnp.float32)
+    (partial,) = store.cache_folder().iterdir()
+    (partial / "params" / "embed" / ".zarray").write_text("{")
+    with pytest.raises(CheckpointError, match=r"cannot be written.*embed"):
+        load_model(str(folder), jnp.float32)
+
+
 def test_processes_that_convert_the_same_at_once_all_have_it(tmp_path):
     tensors = hf_tensors(CONFIG)
     folder = write_hf(tmp_path / "small", CONFIG, tensors)

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxpage.checkpoint.errors import CheckpointError
 from jaxpage.config import ModelConfig
-from jaxpage.model.params import Params, is_spec, param_specs
+from jaxpage.model.params import Params, is_spec, num_parameters, param_specs
 
 BLOCK_BYTES = 32 * 2**20  # of a tensor that are in memory at once
 
@@ -145,7 +145,6 @@ def check(config: ModelConfig, table: NameTable, source: TensorSource) -> None:
     Raises:
       CheckpointError: naming every unknown, missing or misshapen tensor.
     """
-    specs = jax.tree.leaves(param_specs(config), is_leaf=is_spec)
     nothing = jax.tree.map(
         lambda spec: np.broadcast_to(np.float32(0), spec.shape),
         param_specs(config),
@@ -155,7 +154,7 @@ def check(config: ModelConfig, table: NameTable, source: TensorSource) -> None:
     skipped = {table.head} if _has_tied_head(config, table, source) else set()
     _check_names(landings, source.shapes, skipped, table.ignored)
     num_filled = sum(landing.view.size for landing in landings.values())
-    num_expected = sum(math.prod(spec.shape) for spec in specs)
+    num_expected = num_parameters(config)
     if num_filled != num_expected:
         raise CheckpointError(f"the names fill {num_filled} of {num_expected} numbers")
 

@@ -26,26 +26,31 @@ CHUNK_BYTES = 8 * 2**20  # about the size of a file
 PARTS_OF_AN_AXIS = 8
 _APART = ("layers", "parts")  # axes along which pieces come one at a time
 _WHOLE = ("embed", None)  # axes that no mesh divides, see `sharding.AXIS_RULES`
-DONE = "done.txt"  # the list, beside the parameters
+PARAMS, DONE = "params", "done.txt"  # the list of pieces, beside the parameters
 
 
 class GrowingParams:
-    """The parameters of a model in `folder`, of which some pieces may be there already.
+    """The parameters of a model in `folder / PARAMS`, of which some pieces may be there already.
 
     `leaves` is a tree like the parameters, of arrays on disk: what is assigned to a slice of one is
-    written when the assignment is over.
+    written when the assignment is over. `done` are the pieces that were noted; if none was,
+    everything begins anew.
     """
 
     def __init__(self, folder: Path, config: ModelConfig, dtype: np.dtype):
-        self._folder, self._list = folder, folder.with_name(DONE)
-        specs = param_specs(config)
-        if not folder.is_dir():
-            save_tree(folder, jax.tree.map(lambda _: np.zeros(1, dtype), specs, is_leaf=is_spec))
-        self.leaves: Params = jax.tree_util.tree_map_with_path(
-            lambda path, spec: self._open(path, spec, dtype), specs, is_leaf=is_spec
-        )
+        self._folder, self._list = folder / PARAMS, folder / DONE
         text = self._list.read_text(encoding="utf-8") if self._list.is_file() else ""
         self.done = set(text.split("\n")[:-1])  # the last line may not be whole
+        specs = param_specs(config)
+        is_new = not self.done
+        if is_new:
+            for path in folder.glob(f"{PARAMS}*"):  # orbax leaves its own unfinished folders
+                shutil.rmtree(path)
+            numbers = jax.tree.map(lambda _: np.zeros(1, dtype), specs, is_leaf=is_spec)
+            save_tree(self._folder, numbers)
+        self.leaves: Params = jax.tree_util.tree_map_with_path(
+            lambda path, spec: self._open(path, spec, dtype, is_new), specs, is_leaf=is_spec
+        )
 
     def note(self, piece: str) -> None:
         """Notes that a piece is on disk, and will be found there even if the machine stops now."""
@@ -55,7 +60,9 @@ class GrowingParams:
             os.fsync(file.fileno())
         self.done.add(piece)
 
-    def _open(self, path: Sequence[Any], spec: ParamSpec, dtype: np.dtype) -> ts.TensorStore:
+    def _open(
+        self, path: Sequence[Any], spec: ParamSpec, dtype: np.dtype, is_new: bool
+    ) -> ts.TensorStore:
         folder = self._folder / ".".join(key.key for key in path)
         chunks = chunk_shape(spec, dtype.itemsize)
         where = {
@@ -71,11 +78,9 @@ class GrowingParams:
                 "dimension_separator": ".",
             },
         }
-        try:
-            return ts.open(where, open=True).result()
-        except ValueError:  # it is orbax's single number
-            shutil.rmtree(folder)
-            return ts.open(where, create=True).result()
+        if is_new:
+            shutil.rmtree(folder)  # orbax's single number
+        return ts.open(where, create=is_new, open=not is_new).result()
 
 
 def chunk_shape(spec: ParamSpec, itemsize: int) -> tuple[int, ...]:

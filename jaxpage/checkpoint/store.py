@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxpage.checkpoint.errors import CheckpointError
-from jaxpage.checkpoint.growing import DONE, GrowingParams
+from jaxpage.checkpoint.growing import DONE, PARAMS, GrowingParams
 from jaxpage.checkpoint.hf_config import read_json
 from jaxpage.checkpoint.orbax_files import restore_tree
 from jaxpage.checkpoint.tokenizer import Tokenizer
@@ -25,13 +25,12 @@ from jaxpage.model.params import Params, is_spec, param_specs
 
 _FORMAT_VERSION = 2  # raised when the parameter tree or the folder's layout changes
 _MANIFEST = "jaxpage.json"
-_PARAMS = "params"
 _LOCK = "lock"
 _WHILE_GROWING = (_LOCK, DONE)
 
 
 def is_model_folder(folder: Path) -> bool:
-    """True for a folder that `save_model` wrote."""
+    """True for a folder that `write_model` made."""
     return (folder / _MANIFEST).is_file()
 
 
@@ -69,7 +68,7 @@ def write_model(
             if is_model_folder(folder):
                 shutil.rmtree(partial, ignore_errors=True)
                 return
-            growing = GrowingParams(partial / _PARAMS, config, dtype)
+            growing = GrowingParams(partial, config, dtype)
             fill(growing)
             if tokenizer is not None:
                 tokenizer.save(partial)
@@ -82,10 +81,12 @@ def write_model(
             partial.rename(folder)
             for name in _WHILE_GROWING:
                 (folder / name).unlink(missing_ok=True)
-    except OSError as error:
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:  # which tensorstore raises, of a full disk too
         raise CheckpointError(
             f"{folder} cannot be written: {error}. Choose another place (for the cache: "
-            "JAXPAGE_CACHE), or free this one"
+            "JAXPAGE_CACHE), free this one, or delete its .partial folder to begin anew"
         ) from error
 
 
@@ -100,7 +101,7 @@ def _growing(folder: Path) -> Iterator[Path]:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The configuration in a folder that `save_model` wrote, all of whose files must be whole."""
+    """The configuration in a folder that `write_model` made; looks whether all files are whole."""
     manifest = read_json(folder / _MANIFEST)
     if manifest.get("version") != _FORMAT_VERSION:
         raise CheckpointError(
@@ -158,7 +159,7 @@ def read_params(folder: Path, config: ModelConfig, dtype: np.dtype, shardings: P
         is_leaf=is_spec,
     )
     try:
-        return restore_tree(folder / _PARAMS, abstract)
+        return restore_tree(folder / PARAMS, abstract)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{folder} cannot be restored: {error}. Delete it and load the model again"
