@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from tiny_engine import CONFIG, PROMPTS, build, setup_of
+from tiny_engine import CONFIG, PROMPTS, TINY, build, outputs, setup_of
 
 from jaxpage.engine.host import SEED_STRIDE, Engine
 from jaxpage.engine.request import Request, Result
@@ -152,3 +152,23 @@ def test_more_samples_than_slots_or_pages_or_greedy_ones_are_refused():
     long = request_of(tuple(range(1, 9)), n=3, **{})  # 2 full pages, and 3 of each sample's own
     assert small.refusal(replace(long, n=1)) is None
     assert "needs 11 pages" in (small.refusal(long) or "")
+
+
+def test_a_row_of_a_request_that_goes_on_is_nobody_elses():
+    # A sample ends, and its request's other one goes on in a lower slot than the newcomer's.
+    sampled = Request("sampled", tuple(range(1, 6)), 20, temperature=1.5, n=2, seed=3)
+    setup = setup_of(replace(CONFIG, num_slots=3, num_requests=4, num_pages=40))
+    whole, _ = build(setup).serve([replace(sampled, ignore_eos=True)])
+    first, second = whole[0].output_ids, whole[0].more[0].output_ids
+    eos_id = first[2]
+    assert eos_id not in second
+    others = [
+        Request("ends soon", tuple(range(60, 66)), 8, ignore_eos=True),
+        Request("takes the slot", tuple(range(40, 46)), 30, ignore_eos=True),
+        Request("newcomer", tuple(range(30, 35)), 12, ignore_eos=True),
+    ]
+    engine = build(replace(setup, model=replace(TINY, eos_ids=(eos_id,))))
+    alone = [engine.serve([request])[0][0].output_ids for request in others]
+    results, _ = engine.serve([sampled, *others], steps_per_read=1)
+    assert (len(results[0].output_ids), results[0].more[0].output_ids) == (3, second)
+    assert outputs(results[1:]) == alone

@@ -189,7 +189,7 @@ class Engine:
             request = run.waiting.popleft()
             rows = sorted(free_rows.pop() for _ in range(request.num_rows))
             self.submit(request, rows)
-            run.done[request.id] = []
+            run.seats[request.id], run.done[request.id] = rows, []
             # The result of a beam search is in its second half: before it stand the beams.
             first = -request.num_beams if request.num_beams > 1 else 0
             for sample, row in enumerate(rows, first):
@@ -283,8 +283,9 @@ class Engine:
                 first, *more = (result for sample, result in done if 0 <= sample < request.n)
                 results[request.id] = replace(first, more=tuple(more))
                 over.append(results[request.id])
+                # Not before: the number of the first row is that of the group.
+                run.free_rows[replica] += reversed(run.seats.pop(request.id))
             self.state = loop.forget(self.state, jnp.int32(row), mesh=self.setup.mesh)
-            run.free_rows[replica].append(row)
         return over
 
 
@@ -295,6 +296,7 @@ class _Run:
     free_rows: list[list[int]]  # by replica
     step_times_s: list[dict[int, float]]  # by replica, and step: when it was over
     waiting: deque[Request] = field(default_factory=deque)  # in the order of arrival
+    seats: dict[str, list[int]] = field(default_factory=dict)  # rows, by request, until it is over
     active: dict[int, tuple[Request, int]] = field(default_factory=dict)  # and sample, by row
     done: dict[str, list[tuple[int, Result]]] = field(default_factory=dict)  # samples, by request
     told: dict[int, int] = field(default_factory=dict)  # tokens already read, by row
