@@ -22,8 +22,9 @@ from experiments import bench_scheduler, common
 from experiments.talks import Talk, Talks
 from jaxpage.checkpoint.load import LoadedModel
 from jaxpage.config import EngineConfig, require
-from jaxpage.engine.host import Engine, Journal
+from jaxpage.engine.host import Engine
 from jaxpage.engine.request import Result
+from jaxpage.engine.run import Journal
 from jaxpage.model.placement import serving_params
 from jaxpage.paging.allocator import ALLOCATORS, CACHED
 from jaxpage.sim.conversations import Conversation, sharegpt_conversations

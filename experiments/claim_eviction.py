@@ -21,8 +21,8 @@ from absl import flags
 from experiments import common
 from jaxpage.checkpoint.load import LoadedModel
 from jaxpage.config import PREEMPTION_MODES, EngineConfig, require
-from jaxpage.engine.host import Journal
 from jaxpage.engine.request import Request, Result
+from jaxpage.engine.run import Journal
 from jaxpage.model.params import Params
 from jaxpage.model.placement import serving_params
 from jaxpage.paging.kv_pool import page_bytes

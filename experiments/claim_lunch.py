@@ -37,8 +37,8 @@ from experiments.comparisons import Comparison
 from experiments.talks import Talk, Talks, talk_of
 from jaxpage.checkpoint.load import LoadedModel
 from jaxpage.config import EngineConfig, require
-from jaxpage.engine.host import Journal
 from jaxpage.engine.request import Result
+from jaxpage.engine.run import Journal
 from jaxpage.model.placement import serving_params
 from jaxpage.paging.allocator import CACHED, WHOLE_CACHED, Allocator
 from jaxpage.sim.conversations import sharegpt_conversations

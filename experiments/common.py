@@ -23,8 +23,9 @@ from jaxpage.checkpoint.store import cache_folder
 from jaxpage.checkpoint.tokenizer import Tokenizer
 from jaxpage.config import PREEMPTION_MODES, ConfigError, EngineConfig, require
 from jaxpage.engine.disk_tier import DiskConfig
-from jaxpage.engine.host import Engine, Journal
+from jaxpage.engine.host import Engine
 from jaxpage.engine.request import Request, Result
+from jaxpage.engine.run import Journal
 from jaxpage.engine.sizing import engine_config
 from jaxpage.engine.step import Setup
 from jaxpage.model import sharding

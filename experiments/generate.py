@@ -7,7 +7,7 @@ Input lines are `{"id", "prompt"}` or `{"id", "prompt_ids"}`, with `"max_new_tok
 "text", "finish_reason", "cached_tokens"}` in input order. Of `n` samples, or of the `n` best of
 `num_beams` beams, the others stand in `"more"`. Requests of one tenant share the pages of what
 their prompts have in common (`--prefix_cache`). A request that cannot be served gets an `"error"`
-sentence and holds up no other.
+sentence and holds up no other. With `--save_dir` a run that was killed goes on by `--resume`.
 """
 
 import json
@@ -15,11 +15,11 @@ from dataclasses import replace
 
 from absl import flags
 
-from experiments import common
+from experiments import common, saving
 from jaxpage.checkpoint.load import LoadedModel
 from jaxpage.config import ConfigError, EngineConfig, require
-from jaxpage.engine.host import Journal
 from jaxpage.engine.request import Request, Result
+from jaxpage.engine.run import Journal
 
 FLAGS = flags.FLAGS
 
@@ -68,6 +68,8 @@ def define_flags() -> None:
     )
     flags.DEFINE_bool("logprobs", False, "Write the log probability of each output token as well.")
     common.define_allocator_flag()
+    saving.define_save_flags()
+    flags.adopt_module_key_flags(saving)
 
 
 def main(_: list[str]) -> None:
@@ -84,7 +86,7 @@ def main(_: list[str]) -> None:
         config = _size(model, requests)
         engine = common.build_engine(model, config, FLAGS.allocator)
         compile_s = engine.compile()
-        results, journal = engine.serve(requests)
+        results, journal = engine.serve(requests, snapshots=saving.snapshots_flagged())
         results += [Result(request, error=error) for request, error in errors]
         by_id = {result.request.id: result for result in results}
         for line in lines:

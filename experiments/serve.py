@@ -17,11 +17,13 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments import common
+from experiments import common, saving
 from jaxpage.checkpoint.load import LoadedModel
 from jaxpage.config import ConfigError
-from jaxpage.engine.host import Engine, Journal
+from jaxpage.engine.host import Engine
 from jaxpage.engine.request import Request, Result
+from jaxpage.engine.run import Journal
+from jaxpage.engine.snapshots import SnapshotConfig
 from jaxpage.sim.metrics import summarise
 from jaxpage.sim.workloads import WorkItem, Workload, serving_workload
 
@@ -38,6 +40,8 @@ def define_flags() -> None:
     flags.adopt_module_key_flags(common)
     define_serving_flags()
     common.define_allocator_flag()
+    saving.define_save_flags()
+    flags.adopt_module_key_flags(saving)
 
 
 def define_serving_flags() -> None:
@@ -58,7 +62,8 @@ def main(_: list[str]) -> None:
     workload = read_workload(model)
     engine = common.build_engine(model, budgeted_config(model, FLAGS.requests), FLAGS.allocator)
     print(f"serving {workload.source} under {FLAGS.allocator}")
-    common.print_last_line(serve_workload(engine, workload.items, folder))
+    snapshots = saving.snapshots_flagged()
+    common.print_last_line(serve_workload(engine, workload.items, folder, snapshots))
 
 
 def read_workload(model: LoadedModel) -> Workload:
@@ -79,13 +84,20 @@ def budgeted_config(model: LoadedModel, num_requests: int):
     )
 
 
-def serve_workload(engine: Engine, items: Sequence[WorkItem], folder: Path) -> dict:
+def serve_workload(
+    engine: Engine,
+    items: Sequence[WorkItem],
+    folder: Path,
+    snapshots: SnapshotConfig | None = None,
+) -> dict:
     """Compiles, serves `items`, writes the result files of one run and returns its summary."""
     allocator = engine.setup.allocator.name
     compile_s = engine.compile()
     requests = [Request(i.id, i.prompt_ids, i.max_new_tokens, ignore_eos=True) for i in items]
     with tqdm(total=len(requests), desc=f"{allocator:>6}", unit="request") as bar:
-        results, journal = engine.serve(requests, steps_per_read=8, on_progress=_advance(bar))
+        results, journal = engine.serve(
+            requests, steps_per_read=8, on_progress=_advance(bar), snapshots=snapshots
+        )
     served = [result for result in results if result.error is None]
     if not served:
         raise ConfigError(f"--kv_bytes={FLAGS.kv_bytes}: no request fits: {results[0].error}")

@@ -22,10 +22,11 @@ BELOW = {
     "scheduling": {"config", "paging"},
     "model": {"config", "paging", "scheduling"},
     "sim": {"config", "paging", "scheduling"},
-    "engine": {"config", "paging", "scheduling", "model", "sim"},
+    "engine": {"config", "paging", "scheduling", "model", "sim", "checkpoint"},
     "checkpoint": {"config", "model"},
 }
 CHECKPOINT_MAY_IMPORT = ("jaxpage.config", "jaxpage.model.params", "jaxpage.model.presets")
+ENGINE_MAY_IMPORT = "jaxpage.checkpoint.snapshot_files"
 USE_KERNELS = ("paging", "model", "engine")
 
 
@@ -81,6 +82,8 @@ def broken_rules(path: str, source: str) -> list[str]:
                 wrong.add(name)
         if within(name, "pallas_kernels") and package not in USE_KERNELS:
             wrong.add(name)
+        if package == "engine" and within(name, "jaxpage.checkpoint"):
+            wrong |= {name} - {ENGINE_MAY_IMPORT}
         is_checkpoint_model = package == "checkpoint" and within(name, "jaxpage.model")
         if is_checkpoint_model and name not in CHECKPOINT_MAY_IMPORT:
             wrong.add(name)

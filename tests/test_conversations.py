@@ -7,8 +7,8 @@ from recorded_text import Letters, put_in_place_of_sharegpt
 
 from experiments import bench_prefix
 from jaxpage.config import ConfigError
-from jaxpage.engine.host import Journal
 from jaxpage.engine.request import Request, Result
+from jaxpage.engine.run import Journal
 from jaxpage.scheduling.accounting import StepRecord
 from jaxpage.sim.conversations import Conversation, Turn, sharegpt_conversations
 

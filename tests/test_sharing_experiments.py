@@ -9,8 +9,8 @@ from recorded_text import Letters
 
 from experiments import claim_eviction, claim_sharing, fig15_sharing_savings
 from jaxpage.config import ConfigError
-from jaxpage.engine.host import Journal
 from jaxpage.engine.request import Request, Result
+from jaxpage.engine.run import Journal
 from jaxpage.scheduling.accounting import StepRecord
 
 REQUEST = Request("r", (1, 2), 3)

@@ -6,8 +6,8 @@ import pytest
 
 from experiments import claim_lunch
 from experiments.talks import Talk, Talks, talk_of
-from jaxpage.engine.host import Journal
 from jaxpage.engine.request import Request, Result
+from jaxpage.engine.run import Journal
 from jaxpage.scheduling.accounting import StepRecord
 from jaxpage.sim.conversations import Conversation, Turn
 

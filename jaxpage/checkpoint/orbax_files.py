@@ -13,7 +13,7 @@ def save_tree(folder: Path, tree: Any) -> None:
     """Writes a tree of arrays into `folder`, which must not exist, one file a chunk."""
     import orbax.checkpoint as ocp
 
-    with _quiet():
+    with quiet():
         # Uncompressed: restoring takes half the time.
         handler = ocp.PyTreeCheckpointHandler(use_compression=False, use_ocdbt=False)
         with ocp.Checkpointer(handler) as checkpointer:
@@ -24,12 +24,12 @@ def restore_tree(folder: Path, abstract: Any) -> Any:
     """The tree in `folder`, each leaf where the `ShapeDtypeStruct` in its place says."""
     import orbax.checkpoint as ocp
 
-    with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+    with quiet(), ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(folder.resolve(), abstract)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps orbax's progress notes and its libraries' warnings from the user."""
     verbosity = absl_logging.get_verbosity()
     absl_logging.set_verbosity(absl_logging.ERROR)

@@ -5,24 +5,24 @@ what runs. Between two calls of the loop the host reads the log and the phases o
 and nothing else unless a request has ended or somebody listens to its tokens.
 """
 
-import bisect
+import contextlib
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxpage.config import ConfigError, require
-from jaxpage.engine import loop, step
+from jaxpage.config import require
+from jaxpage.engine import loop, moving, step
 from jaxpage.engine.disk_tier import DiskConfig, DiskTier, Owner
-from jaxpage.engine.request import Request, Result, refusal, reserved_len
+from jaxpage.engine.request import Request, Result, group_of, refusal, reserved_len
+from jaxpage.engine.run import Journal, Run
+from jaxpage.engine.snapshots import SnapshotConfig, Snapshots
 from jaxpage.engine.step import EngineState, Setup
 from jaxpage.model.params import Params
-from jaxpage.model.sharding import DATA
 from jaxpage.scheduling.accounting import StepRecord
 from jaxpage.scheduling.state import (
     DONE,
@@ -37,27 +37,6 @@ from jaxpage.scheduling.state import (
 TokenFn = Callable[[str, int, list[int]], None]  # (request id, which sample, its new tokens)
 ThenFn = Callable[[Result], Request | None]  # what a user asks on reading a result
 SEED_STRIDE = 0x9E3779B9  # between a request's samples: near 2**32 over the golden ratio
-
-
-@dataclass
-class Journal:
-    """What serving left behind: one entry a step, and the costs of the host edge."""
-
-    records: list[dict[str, int]] = field(default_factory=list)
-    owners: list[np.ndarray] = field(default_factory=list)  # i32[P] a step, if recorded
-    request_ids: dict[int, str] = field(default_factory=dict)  # row of the queue -> request
-    step_times_s: list[float] = field(default_factory=list)  # when a step was over, interpolated
-    disk: dict[str, float] = field(default_factory=dict)  # see `page_store.DiskCounts`
-    num_host_reads: int = 0
-    wall_s: float = 0.0
-
-    @property
-    def num_steps(self) -> int:
-        return len(self.records)
-
-    def mean(self, name: str) -> float:
-        """Mean of a field of `StepRecord` over the steps."""
-        return float(np.mean([record[name] for record in self.records])) if self.records else 0.0
 
 
 class Engine:
@@ -103,12 +82,13 @@ class Engine:
             prompt = np.array(request.prompt_ids, np.int32)
             self.state = self._disk.restore(self.state, prompt, self._owner(request))
         for sample, row in enumerate(rows):
-            # Where nothing can be shared each sample is a sequence of its own.
-            group = row if self.setup.allocator.share is None else rows[0]
-            request_row = self._request_row(request, sample, group % self.setup.engine.num_requests)
-            mesh = self.setup.mesh
-            self.state = loop.submit(self.state, jnp.int32(row), request_row, mesh=mesh)
+            request_row = self._request_row(request, sample, group_of(self.setup, rows, row))
+            self._put(row, request_row)
         self._num_submitted += 1
+
+    def _put(self, row: int, request: Requests) -> None:
+        mesh = self.setup.mesh
+        self.state = loop.submit(self.state, jnp.int32(row), request, mesh=mesh)
 
     def advance(self, max_steps: int) -> None:
         """Runs up to `max_steps` steps, at most `log_steps`; returns before they are done."""
@@ -127,6 +107,7 @@ class Engine:
         on_tokens: TokenFn | None = None,
         on_progress: Callable[[Journal, int], None] | None = None,
         then: ThenFn | None = None,
+        snapshots: SnapshotConfig | None = None,
     ) -> tuple[list[Result], Journal]:
         """Serves all requests, in the order of their arrival, and returns results in that given.
 
@@ -141,61 +122,68 @@ class Engine:
           on_progress: is given the journal and the number of results so far after each look.
           then: is given the result of each request that was served, and may return another one,
             as the next turn of a conversation; that one is refused, served or queued as any other.
+          snapshots: where and how often all of this is saved, and whether a saved run goes on
+            first: its requests are then those that it knows, and of `requests` those it does not.
         """
-        run = _Run.of(self.setup)
-        results: dict[str, Result] = {}
-        for request in requests:
-            self._receive(run, results, request)
-        steps = steps_per_read or self.setup.engine.log_steps
-        start_s = time.perf_counter()
-        while run.waiting or run.active:
-            self._feed(run, time.perf_counter() - start_s)
-            if not run.active:
-                time.sleep(max(run.waiting[0].arrival_s - (time.perf_counter() - start_s), 0.0))
-                continue
-            before_s = time.perf_counter() - start_s
-            self.advance(steps)
-            self._read_log(run, before_s, start_s)
-            for result in self._read_requests(run, results, on_tokens):
-                request = then(result) if then is not None else None
-                if request is not None:
-                    self._receive(run, results, request)
-            if self._disk is not None:
-                self._disk.visit(self.state)
-            if on_progress is not None:
-                running = {request.id for request, _ in run.active.values()}
-                on_progress(run.journal, len(results) - len(run.waiting) - len(running))
-        run.journal.wall_s = time.perf_counter() - start_s
+        saved = Snapshots(snapshots, self.setup) if snapshots is not None else None
+        with saved or contextlib.nullcontext():
+            run = self._begin(saved)
+            for request in run.unknown(requests):
+                run.receive(request, self.refusal(request))
+            steps = steps_per_read or self.setup.engine.log_steps
+            while run.waiting or run.active:
+                self._feed(run)
+                if not run.active:
+                    time.sleep(max(run.waiting[0].arrival_s - run.clock.now_s(), 0.0))
+                    continue
+                before_s = run.clock.now_s()
+                self.advance(steps)
+                self._read_log(run, before_s)
+                for result in self._read_requests(run, on_tokens):
+                    request = then(result) if then is not None else None
+                    if request is not None:
+                        run.receive(request, self.refusal(request))
+                if self._disk is not None:
+                    self._disk.visit(self.state)
+                if on_progress is not None:
+                    on_progress(run.journal, run.num_over)
+                if saved is not None and saved.is_due(run):
+                    saved.save(self.state, run, self.known())
+            run.journal.wall_s = run.clock.now_s()
         if self._disk is not None:
             self._disk.flush(self.state)
             run.journal.disk = self._disk.take_counts()
-        return list(results.values()), run.journal
+        return list(run.results.values()), run.journal
 
-    def _receive(self, run: "_Run", results: dict[str, Result], request: Request) -> None:
-        """Refuses a request, or puts it among the waiting, after those that arrive with it."""
-        if request.id in results:
-            raise ConfigError(f"request id {request.id!r} occurs twice: ids must be distinct")
-        refusal = self.refusal(request)
-        results[request.id] = Result(request, error=refusal)
-        if refusal is None:
-            bisect.insort(run.waiting, request, key=lambda r: r.arrival_s)
+    def _begin(self, saved: Snapshots | None) -> Run:
+        """A run of no requests, or the saved one, with the state in which it was."""
+        run = Run.of(self.setup.num_replicas, self.setup.engine.num_requests)
+        found = saved.restore(self.state) if saved is not None else None
+        if found is not None:
+            self._num_submitted, self._salts = found.engine["num_submitted"], found.engine["salts"]
+            run = found.run
+            if isinstance(found.held, EngineState):
+                self.state = found.held
+            else:
+                run, rows = moving.rows_again(self.setup, run, found.held)
+                for row, request in rows:
+                    self._put(row, request)
+        if saved is not None:
+            saved.begin(run)
+        return run
 
-    def _feed(self, run: "_Run", now_s: float) -> None:
+    def known(self) -> dict[str, Any]:
+        """What the engine itself knows of all that it was asked."""
+        return {"num_submitted": self._num_submitted, "salts": dict(self._salts)}
+
+    def _feed(self, run: Run) -> None:
         """Submits the requests that have arrived, each to the emptiest queue, while they fit."""
+        now_s = run.clock.now_s()
         while run.waiting and run.waiting[0].arrival_s <= now_s:
-            free_rows = max(run.free_rows, key=len)
-            if run.waiting[0].num_rows > len(free_rows):
+            rows = run.seat(run.waiting[0])
+            if rows is None:
                 return
-            request = run.waiting.popleft()
-            rows = sorted(free_rows.pop() for _ in range(request.num_rows))
-            self.submit(request, rows)
-            run.seats[request.id], run.done[request.id] = rows, []
-            # The result of a beam search is in its second half: before it stand the beams.
-            first = -request.num_beams if request.num_beams > 1 else 0
-            for sample, row in enumerate(rows, first):
-                run.active[row] = request, sample
-                run.told[row] = len(request.prompt_ids)
-                run.journal.request_ids[row] = request.id
+            self.submit(run.waiting.popleft(), rows)
 
     def _request_row(self, request: Request, sample: int, group: int) -> Requests:
         prompt_len = len(request.prompt_ids)
@@ -229,10 +217,10 @@ class Engine:
         salt = self._salts.setdefault(request.tenant, len(self._salts))
         return Owner(request.tenant, salt)
 
-    def _read_log(self, run: "_Run", before_s: float, start_s: float) -> None:
+    def _read_log(self, run: Run, before_s: float) -> None:
         log, journal = self.state.log, run.journal
         counts = np.array(log.count)  # waits for the device
-        after_s = time.perf_counter() - start_s
+        after_s = run.clock.now_s()
         columns = {name: np.array(getattr(log.records, name)) for name in StepRecord._fields}
         for replica, at in enumerate(np.ndindex(counts.shape)):
             count = int(counts[at])
@@ -250,9 +238,7 @@ class Engine:
         values = np.array(held)
         return values if self.setup.mesh is None else values.reshape(-1, *values.shape[2:])
 
-    def _read_requests(
-        self, run: "_Run", results: dict[str, Result], on_tokens: TokenFn | None
-    ) -> list[Result]:
+    def _read_requests(self, run: Run, on_tokens: TokenFn | None) -> list[Result]:
         """Results of the requests that ended, whose rows it frees; tells listeners of tokens."""
         held = self.state.scheduler.requests
         phases = self._by_row(held.phases)
@@ -270,44 +256,17 @@ class Engine:
             if on_tokens is not None and new:
                 on_tokens(request.id, sample, new)
         for row in ended:
-            request, sample = run.active.pop(row)
-            done = run.done[request.id]
+            request, _ = run.active[row]
             replica = row // self.setup.engine.num_requests
-            result = _result(request, row, known, run.step_times_s[replica])
-            done.append((sample, result))
+            result = _result(request, row, known, run, replica)
             if self._disk is not None and result.error is None:
                 tokens = known.tokens[row, : known.num_tokens[row] - 1]  # the last has no KV
                 self._disk.remember(tokens, self._owner(request))
-            if len(done) == request.num_rows:
-                done.sort(key=lambda pair: pair[0])
-                first, *more = (result for sample, result in done if 0 <= sample < request.n)
-                results[request.id] = replace(first, more=tuple(more))
-                over.append(results[request.id])
-                # Not before: the number of the first row is that of the group.
-                run.free_rows[replica] += reversed(run.seats.pop(request.id))
             self.state = loop.forget(self.state, jnp.int32(row), mesh=self.setup.mesh)
+            result = run.end(row, replica, result)
+            if result is not None:
+                over.append(result)
         return over
-
-
-@dataclass
-class _Run:
-    """The host's side of one `serve`."""
-
-    free_rows: list[list[int]]  # by replica
-    step_times_s: list[dict[int, float]]  # by replica, and step: when it was over
-    waiting: deque[Request] = field(default_factory=deque)  # in the order of arrival
-    seats: dict[str, list[int]] = field(default_factory=dict)  # rows, by request, until it is over
-    active: dict[int, tuple[Request, int]] = field(default_factory=dict)  # and sample, by row
-    done: dict[str, list[tuple[int, Result]]] = field(default_factory=dict)  # samples, by request
-    told: dict[int, int] = field(default_factory=dict)  # tokens already read, by row
-    journal: Journal = field(default_factory=Journal)
-
-    @classmethod
-    def of(cls, setup: Setup) -> "_Run":
-        num_rows = setup.engine.num_requests
-        replicas = range(1 if setup.mesh is None else setup.mesh.shape[DATA])
-        rows = [list(range(num_rows * (i + 1) - 1, num_rows * i - 1, -1)) for i in replicas]
-        return cls(free_rows=rows, step_times_s=[{} for _ in replicas])
 
 
 def _first_state(
@@ -321,8 +280,8 @@ def _first_state(
             "devices; take preemption=recompute and no folder",
         )
         require(
-            not setup.engine.record_page_map or setup.mesh.shape[DATA] == 1,
-            f"record_page_map on {setup.mesh.shape[DATA]} replicas: a page map is of one pool; "
+            not setup.engine.record_page_map or setup.num_replicas == 1,
+            f"record_page_map on {setup.num_replicas} replicas: a page map is of one pool; "
             "take data:1",
         )
         return loop.create_replicas(setup=setup, dtype=jnp.dtype(kv_dtype))
@@ -333,13 +292,9 @@ def _first_state(
     return rest.replace(host_pool=state.host_pool)
 
 
-def _result(request: Request, row: int, known: Requests, step_times_s: dict[int, float]) -> Result:
+def _result(request: Request, row: int, known: Requests, run: Run, replica: int) -> Result:
     reason = FINISH_REASONS[known.finish_reasons[row]]
     output = slice(len(request.prompt_ids), int(known.num_tokens[row]))
-
-    def time_of(steps: jax.Array) -> float:
-        return step_times_s[int(steps[row])] if steps[row] >= 0 else float("nan")
-
     return Result(
         request=request,
         output_ids=known.tokens[row, output].tolist(),
@@ -349,6 +304,6 @@ def _result(request: Request, row: int, known: Requests, step_times_s: dict[int,
         error="the model gave logits that are not finite" if reason == "error" else None,
         num_preemptions=int(known.num_preemptions[row]),
         num_cached_tokens=int(known.cached_lens[row]),
-        first_token_s=time_of(known.first_steps),
-        finish_s=time_of(known.final_steps),
+        first_token_s=run.time_of(replica, int(known.first_steps[row])),
+        finish_s=run.time_of(replica, int(known.final_steps[row])),
     )

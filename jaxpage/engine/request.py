@@ -1,5 +1,6 @@
 """What a user asks of the engine, what comes back, and why something cannot be asked."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -162,3 +163,12 @@ def reserved_len(setup: Setup, prompt_len: int, final_len: int) -> int:
     max_len = setup.engine.max_seq_len
     reserve = setup.allocator.reserve
     return int(reserve(jnp.int32(prompt_len), jnp.int32(final_len), max_len))
+
+
+def group_of(setup: Setup, rows: Sequence[int], row: int) -> int:
+    """The group of the sequence in `row`, one of its request's `rows`, by its replica's count.
+
+    Where nothing can be shared each is a sequence of its own.
+    """
+    first = row if setup.allocator.share is None else rows[0]
+    return first % setup.engine.num_requests

@@ -54,6 +54,11 @@ class Setup:
         """The mesh axis along which layers are divided, None on a single device."""
         return None if self.mesh is None else sharding.MODEL
 
+    @property
+    def num_replicas(self) -> int:
+        """Schedulers that serve side by side, each with pages of its own."""
+        return 1 if self.mesh is None else self.mesh.shape[sharding.DATA]
+
 
 class StepLog(struct.PyTreeNode):
     """Records of the steps since the host last read, in a buffer of `log_steps` rows."""
