@@ -3,9 +3,10 @@
     python -m experiments.generate --prompts=IN.jsonl --out=OUT.jsonl --max_new_tokens=64
 
 Input lines are `{"id", "prompt"}` or `{"id", "prompt_ids"}`, with `"max_new_tokens"`, `"seed"`,
-`"n"`, `"num_beams"` and `"tenant"` if wanted; output lines are `{"id", "prompt_ids", "output_ids",
-"text", "finish_reason", "cached_tokens"}` in input order. Of `n` samples, or of the `n` best of
-`num_beams` beams, the others stand in `"more"`. Requests of one tenant share the pages of what
+`"n"`, `"num_beams"`, `"priority"` (for `--policy=priority`, higher goes first) and `"tenant"` if
+wanted; output lines are `{"id", "prompt_ids", "output_ids", "text", "finish_reason",
+"cached_tokens"}` in input order. Of `n` samples, or of the `n` best of `num_beams` beams, the
+others stand in `"more"`. Requests of one tenant share the pages of what
 their prompts have in common (`--prefix_cache`). A request that cannot be served gets an `"error"`
 sentence and holds up no other. With `--save_dir` a run that was killed goes on by `--resume`.
 """
@@ -163,7 +164,7 @@ def _fill(request: Request, line: dict, model: LoadedModel) -> Request:
             )
         prompt_ids = tokenizer.encode(text)
     request = replace(request, prompt_ids=tuple(prompt_ids))
-    for name in ("max_new_tokens", "seed", "n", "num_beams"):
+    for name in ("max_new_tokens", "seed", "n", "num_beams", "priority"):
         value = line.get(name, getattr(request, name))
         require(type(value) is int, f'"{name}" must be an integer, got {value!r:.80}')
         request = replace(request, **{name: value})

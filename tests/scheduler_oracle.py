@@ -10,6 +10,8 @@ from paging_oracle import BuddyOracle, PageTableOracle, ceil_div
 
 from jaxpage.paging import status
 
+AHEAD = 64  # requests that a level of priority goes before
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -23,6 +25,7 @@ class Ask:
     ignore_eos: bool = False
     fails_at: int | None = None
     gap_steps: int = 0  # after the request before it
+    priority: int = 0
 
     @property
     def final_len(self) -> int:
@@ -131,6 +134,8 @@ def rank_of(policy: str, sequence: Sequence) -> int:
         return 0
     if policy == "shortest_first":
         return sequence.ask.final_len - sequence.computed
+    if policy == "priority":
+        return sequence.arrival - AHEAD * sequence.ask.priority
     assert policy == "decode_first"
     return 0 if len(sequence.tokens) - sequence.computed <= 1 else 1
 

@@ -135,6 +135,7 @@ class Serving:
                 arrival=number,
                 ignore_eos=ask.ignore_eos,
                 group=row,
+                priority=ask.priority,
                 sampling=greedy(),
             )
             self.state = submit(self.state, np.int32(row), request)

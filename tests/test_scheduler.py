@@ -35,10 +35,10 @@ def asks(config: EngineConfig, long: bool):
     """
     longest = min(config.max_seq_len, config.num_pages * config.page_size)
 
-    def make(prompt_len, outputs, ignore_eos, fails_at, gap_steps):
+    def make(prompt_len, outputs, ignore_eos, fails_at, gap_steps, priority):
         prompt = (EOS_IDS[0], *(100 + i for i in range(prompt_len - 1)))
         outputs = outputs[: longest - prompt_len]
-        return Ask(prompt, tuple(outputs), ignore_eos, fails_at, gap_steps)
+        return Ask(prompt, tuple(outputs), ignore_eos, fails_at, gap_steps, priority)
 
     token = st.sampled_from((1, 2, 3, 4, 5, 6, *(() if long else EOS_IDS)))
     return st.builds(
@@ -48,6 +48,7 @@ def asks(config: EngineConfig, long: bool):
         st.booleans(),
         st.sampled_from((None, None, None, 0, 1, 3)),
         st.integers(0, 2),
+        st.sampled_from((0, 0, 1, -2)),
     )
 
 

@@ -199,12 +199,25 @@ def test_a_request_with_ignore_eos_runs_to_its_limit_and_its_neighbour_stops():
         ("fcfs", [{0: 7}, {0: 4, 1: 1}]),
         ("shortest_first", [{1: 1, 0: 6}, {1: 1, 0: 5}]),
         ("decode_first", [{1: 1, 0: 6}, {1: 1, 0: 5}]),
+        ("priority", [{1: 1, 0: 6}, {1: 1, 0: 5}]),
     ],
 )
 def test_the_policy_decides_whether_a_long_prompt_delays_its_neighbour(policy, plans):
     serving = Serving(ROOMY, policy=policy)
-    serving.submit(ask(11, 1), ask(1, 5))
+    serving.submit(ask(11, 1), dataclasses.replace(ask(1, 5), priority=1))
     assert serving.run(2) == plans
+
+
+@pytest.mark.parametrize(("later_by", "goes_first"), [(1, True), (63, True), (64, False)])
+def test_a_level_of_priority_goes_before_those_that_came_just_before(later_by, goes_first):
+    serving = Serving(ROOMY, policy="priority")
+    shape = (later_by + 1, ROOMY.max_seq_len)  # outputs are by arrival
+    serving.outputs, serving.fails = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    serving.submit(ask(11, 1))
+    serving.num_submitted = later_by
+    serving.submit(dataclasses.replace(ask(11, 1), priority=1))
+    first = later_by if goes_first else 0
+    assert serving.run(1)[0][first] == ROOMY.token_budget
 
 
 @pytest.mark.parametrize(("policy", "victim"), [("fcfs", 1), ("shortest_first", 0)])

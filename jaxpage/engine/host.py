@@ -58,6 +58,7 @@ class Engine:
         self.state: EngineState = _first_state(params, setup, kv_dtype, disk)
         self._num_submitted = 0
         self._salts: dict[str, int] = {}  # by tenant; a number each, so that none can collide
+        self._cancelled: set[str] = set()  # asked for since the last look
         self._disk = DiskTier(disk, setup, params, kv_dtype) if disk is not None else None
 
     def compile(self) -> float:
@@ -66,6 +67,7 @@ class Engine:
         request = Request("", (0,), 1)
         self.refusal(request)
         self.submit(request, (0,))
+        self.state = loop.cancel(self.state, jnp.int32(0), setup=self.setup)
         self.state = loop.forget(self.state, jnp.int32(0), mesh=self.setup.mesh)
         self.advance(0)
         if self._disk is not None:
@@ -98,6 +100,14 @@ class Engine:
     def refusal(self, request: Request) -> str | None:
         """Why this request cannot be served, in a sentence with the remedy; None if it can."""
         return refusal(self.setup, request)
+
+    def cancel(self, request_id: str) -> None:
+        """Asks that a request that is being served ends now; for the callbacks of `serve`.
+
+        Its result has what there is of it by then, and `finish_reason` "cancelled"; a request that
+        is over, or that nobody knows, stays as it is.
+        """
+        self._cancelled.add(request_id)
 
     def serve(
         self,
@@ -132,7 +142,10 @@ class Engine:
                 run.receive(request, self.refusal(request))
             steps = steps_per_read or self.setup.engine.log_steps
             while run.waiting or run.active:
+                self._withdraw(run)
                 self._feed(run)
+                if not run.active and not run.waiting:
+                    break
                 if not run.active:
                     time.sleep(max(run.waiting[0].arrival_s - run.clock.now_s(), 0.0))
                     continue
@@ -176,6 +189,15 @@ class Engine:
         """What the engine itself knows of all that it was asked."""
         return {"num_submitted": self._num_submitted, "salts": dict(self._salts)}
 
+    def _withdraw(self, run: Run) -> None:
+        """Ends those whose end was asked for: at once if they wait, else for the next look."""
+        for request_id in sorted(self._cancelled & run.results.keys()):
+            if run.withdraw(request_id):
+                continue
+            for row in run.seats.get(request_id, ()):
+                self.state = loop.cancel(self.state, jnp.int32(row), setup=self.setup)
+        self._cancelled.clear()
+
     def _feed(self, run: Run) -> None:
         """Submits the requests that have arrived, each to the emptiest queue, while they fit."""
         now_s = run.clock.now_s()
@@ -204,6 +226,7 @@ class Engine:
                 patience=jnp.int32(PATIENCE[request.early_stopping]),
             ),
             salt=self._owner(request).salt,
+            priority=request.priority,
             sampling=Sampling(
                 temperature=jnp.float32(request.temperature),
                 top_k=jnp.int32(request.top_k),
@@ -305,5 +328,8 @@ def _result(request: Request, row: int, known: Requests, run: Run, replica: int)
         num_preemptions=int(known.num_preemptions[row]),
         num_cached_tokens=int(known.cached_lens[row]),
         first_token_s=run.time_of(replica, int(known.first_steps[row])),
-        finish_s=run.time_of(replica, int(known.final_steps[row])),
+        # A step ends all but who was cancelled.
+        finish_s=run.clock.now_s()
+        if reason == "cancelled"
+        else run.time_of(replica, int(known.final_steps[row])),
     )

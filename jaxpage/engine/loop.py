@@ -18,6 +18,7 @@ from jaxpage.engine.step import EngineState, Setup, create, engine_step, wipe_fr
 from jaxpage.model.params import Params
 from jaxpage.model.sharding import param_partition
 from jaxpage.paging.kv_pool import KvPool
+from jaxpage.scheduling import cancellation
 from jaxpage.scheduling import state as scheduler_state
 from jaxpage.scheduling.state import Requests, SchedulerState
 
@@ -82,6 +83,13 @@ def submit(
 def forget(state: EngineState, row: jax.Array, *, mesh: Mesh | None = None) -> EngineState:
     """Frees the row of a request that is done and has been read; rows as in `submit`."""
     return _on_queue(scheduler_state.forget, mesh, state, row)
+
+
+@partial(jax.jit, static_argnames=("setup",), donate_argnames=("state",))
+def cancel(state: EngineState, row: jax.Array, *, setup: Setup) -> EngineState:
+    """Ends the request that has the row, see `cancellation.cancel`; rows as in `submit`."""
+    change = partial(cancellation.cancel, allocator=setup.allocator)
+    return _on_queue(change, setup.mesh, state, row)
 
 
 def _on_queue(

@@ -11,6 +11,8 @@ from jaxpage.engine.step import Setup
 from jaxpage.paging.page_table import num_pages_for
 from jaxpage.scheduling.state import PATIENCE
 
+MOST_PRIORITY = 1000  # so that ranks stay far from the ends of 32 bits
+
 
 @dataclass(frozen=True)
 class Request:
@@ -30,6 +32,7 @@ class Request:
     early_stopping: bool | Literal["never"] = False  # see `scheduling.state.PATIENCE`
     ignore_eos: bool = False
     tenant: str = ""  # only requests of the same share cached pages
+    priority: int = 0  # higher goes first under the policy of that name
     arrival_s: float = 0.0  # after the start of serving
 
     @property
@@ -94,6 +97,8 @@ def refusal(setup: Setup, request: Request) -> str | None:
     several = _refusal_of_several(config, request)
     if several is not None:
         return several
+    if not -MOST_PRIORITY <= request.priority <= MOST_PRIORITY:
+        return f"priority={request.priority} must be from {-MOST_PRIORITY} to {MOST_PRIORITY}"
     if not 0 <= request.seed < 2**32:
         return f"seed={request.seed} must be in [0, 2**32)"
     refused = {

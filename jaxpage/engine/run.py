@@ -101,6 +101,17 @@ class Run:
         if refusal is None:
             bisect.insort(self.waiting, request, key=lambda r: r.arrival_s)
 
+    def withdraw(self, request_id: str) -> bool:
+        """Ends a request that waits; whether it did."""
+        request = self.results[request_id].request
+        if request not in self.waiting:
+            return False
+        self.waiting.remove(request)
+        now_s = self.clock.now_s()
+        self.results[request_id] = Result(request, finish_reason="cancelled", finish_s=now_s)
+        self.num_over += 1
+        return True
+
     def seat(self, request: Request) -> list[int] | None:
         """Rows for all sequences of a request, ascending, in the emptiest queue; None if full."""
         free_rows = max(self.free_rows, key=len)

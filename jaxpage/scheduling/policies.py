@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from jaxpage.scheduling.state import Requests
 
+AHEAD = 64  # requests that a level of priority is worth
+
 # (requests, tokens of each that are computed, i32[R]) -> rank, i32[R]
 PolicyFn = Callable[[Requests, jax.Array], jax.Array]
 
@@ -30,6 +32,16 @@ def decode_first(requests: Requests, computed: jax.Array) -> jax.Array:
     return (requests.num_tokens - computed > 1).astype(jnp.int32)
 
 
+def priority(requests: Requests, computed: jax.Array) -> jax.Array:
+    """Each level of priority goes before the `AHEAD` requests that came just before it.
+
+    So nobody waits for ever: who is overtaken is so by requests that came less than `AHEAD` times
+    the difference in levels after it.
+    """
+    del computed
+    return requests.arrivals - AHEAD * requests.priorities
+
+
 POLICIES: dict[str, PolicyFn] = {
-    policy.__name__: policy for policy in (fcfs, shortest_first, decode_first)
+    policy.__name__: policy for policy in (fcfs, shortest_first, decode_first, priority)
 }

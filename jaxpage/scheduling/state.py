@@ -19,8 +19,8 @@ from jaxpage.paging.allocator import Allocator, Table
 FREE, WAITING, PREEMPTED, RUNNING, DONE, HELD = range(6)  # HELD: what a beam search keeps
 
 # Why a request is done.
-NOT_DONE, STOP, LENGTH, ERROR = range(4)
-FINISH_REASONS = ("", "stop", "length", "error")
+NOT_DONE, STOP, LENGTH, ERROR, CANCELLED = range(5)
+FINISH_REASONS = ("", "stop", "length", "error", "cancelled")
 
 # When a beam search is over that has kept as many sequences as it has beams: at once; when no beam
 # would be better if it ended now; or when none can come to be. Beside each what a user writes, as
@@ -81,6 +81,7 @@ class Requests(struct.PyTreeNode):
     computed_lens: jax.Array  # i32[R], tokens that have ever been computed, or found cached
     groups: jax.Array  # i32[R], the row of the first sequence of the same request
     arrivals: jax.Array  # i32[R], order of arrival
+    priorities: jax.Array  # i32[R], see `policies.priority`
     phases: jax.Array  # i32[R]
     finish_reasons: jax.Array  # i32[R]
     ignore_eos: jax.Array  # bool[R]
@@ -152,6 +153,7 @@ def create(config: EngineConfig, allocator: Allocator) -> SchedulerState:
         computed_lens=ints(),
         groups=jnp.arange(R, dtype=jnp.int32),
         arrivals=ints(),
+        priorities=ints(),
         phases=ints(FREE),
         finish_reasons=ints(NOT_DONE),
         ignore_eos=jnp.zeros((R,), jnp.bool_),
@@ -191,6 +193,7 @@ def waiting_request(
     sampling: Sampling,
     group: int,
     salt: int = 0,
+    priority: int = 0,
     beams: Beams | None = None,
     held: bool = False,
 ) -> Requests:
@@ -213,6 +216,7 @@ def waiting_request(
         sampling=sampling,
         group=group,
         salt=salt,
+        priority=priority,
         beams=beams,
         held=held,
     )
@@ -229,6 +233,7 @@ def request_row(
     sampling: Sampling,
     group: ArrayLike,
     salt: ArrayLike = 0,
+    priority: ArrayLike = 0,
     beams: Beams | None = None,
     held: bool = False,
 ) -> Requests:
@@ -250,6 +255,7 @@ def request_row(
         computed_lens=integer(0),
         groups=integer(group),
         arrivals=integer(arrival),
+        priorities=integer(priority),
         phases=integer(HELD if held else WAITING),
         finish_reasons=integer(NOT_DONE),
         ignore_eos=jnp.asarray(ignore_eos),
