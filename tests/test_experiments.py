@@ -285,6 +285,7 @@ def test_help_explains_every_flag_in_sentences(tmp_path):
         "serve",
         "bench_engine",
         "bench_prefix",
+        "bench_saving",
         "bench_scheduler",
         "calibrate",
         "claim_eviction",
@@ -296,6 +297,7 @@ def test_help_explains_every_flag_in_sentences(tmp_path):
         "make_workload",
         "measure_device",
         "plan_memory",
+        "soak",
     ]
     command = [sys.executable, "-c", HELP_OF_EACH, str(tmp_path), *names]
     subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
