@@ -133,6 +133,7 @@ class Run:
         Until then none of them may be another's: the number of the first is that of the group.
         """
         request, sample = self.active.pop(row)
+        del self.told[row]
         done = self.done[request.id]
         done.append((sample, result))
         if len(done) < request.num_rows:
@@ -170,7 +171,7 @@ class Run:
                 name: [[sample, _result_out(result)] for sample, result in done]
                 for name, done in self.done.items()
             },
-            "told": [[row, self.told[row]] for row in self.active],
+            "told": list(self.told.items()),
             "step_times_s": [list(times_s.items()) for times_s in times_s],
             "num_over": self.num_over,
             "elapsed_s": self.clock.now_s(),
