@@ -118,7 +118,7 @@ def test_a_run_goes_on_again_and_again(tmp_path, uninterrupted):
 OTHERS = {
     "pages of another size": replace(EVERYTHING, page_size=8, num_pages=10, pages_per_slot=6),
     "fewer slots": replace(EVERYTHING, num_slots=2),
-    "shorter rows": replace(EVERYTHING, pages_per_slot=8),
+    "shorter rows": replace(EVERYTHING, pages_per_slot=9),
 }
 
 
