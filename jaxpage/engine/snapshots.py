@@ -55,9 +55,9 @@ class SnapshotConfig:
 
 
 class Saved(NamedTuple):
-    """What was in a snapshot: all that an engine held, or what its queues did.
+    """What was in a snapshot: all that an engine held, or the requests in its queues alone.
 
-    These are on the host, rows counted over all replicas.
+    Requests alone are on the host, their rows counted over all replicas.
     """
 
     held: EngineState | Requests
