@@ -3,9 +3,9 @@
     python -m experiments.bench_saving
 
 Two engines serve the demo's load (ShareGPT prompts in 566 MB of KV) and take turns of as many steps
-as fill `--interval_s`; one of them is saved at the start of each of its turns, and the save has to be
-on disk before the turn is over. Then another process goes on with the last save: from its start to
-its first new token, imports, model, compiled programs and pages are loaded. About five minutes.
+as fill `--interval_s`; one of them is saved at the start of each of its turns, and the save has to
+be on disk before the turn is over. Then another process goes on with the last save: from its start
+to its first new token, imports, model, compiled programs and pages are loaded. About five minutes.
 Expected: turns at most 5 % longer at one save in 30 s; less than 10 s to the first token.
 """
 
