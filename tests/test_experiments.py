@@ -127,6 +127,7 @@ def test_a_search_cannot_perhaps_be_stopped(tmp_path):
     assert "--early_stopping=maybe: it must be true, false or never" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_request_larger_than_the_pool_is_refused_alone(tmp_path):
     done, rows = generate(
         tmp_path,
@@ -139,6 +140,7 @@ def test_a_request_larger_than_the_pool_is_refused_alone(tmp_path):
     assert "pages" in rows[1]["error"]
 
 
+@pytest.mark.slow
 def test_outputs_do_not_depend_on_page_size_or_slots(tmp_path):
     lines = [{"id": str(i), "prompt_ids": list(range(1, 5 + 7 * i))} for i in range(4)]
     shared = ("--ignore_eos", "--max_new_tokens=12")

@@ -68,7 +68,7 @@ def test_pages_that_move_copy_no_array_of_a_tiers_size(allocator):
     assert copies[str(NUM_PAGES)] <= 2
 
 
-@pytest.mark.in_ci("lru")
+@pytest.mark.in_ci("paged")
 @pytest.mark.parametrize("name", ["paged", "lru", "lfu"])
 def test_no_step_copies_an_array_of_the_pools_or_the_tables_size(name):
     copies = copies_by_shape((ALLOCATORS | CACHED)[name])

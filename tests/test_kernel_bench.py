@@ -146,6 +146,7 @@ def test_quantised_pages_are_read_with_their_scales():
 # --- conversions for peers -----------------------------------------------------------------------
 
 
+@pytest.mark.in_ci("ragged")
 @pytest.mark.parametrize("shape", [SKEWED, RAGGED], ids=lambda shape: shape.name)
 def test_contiguous_rows_give_what_pages_give(shape):
     converted = bench.as_contiguous(shape.make())

@@ -134,6 +134,7 @@ def test_samples_are_admitted_and_preempted_together_and_that_changes_no_token(
         assert got == samples_of(result)
 
 
+@pytest.mark.slow
 def test_where_nothing_can_be_shared_samples_are_sequences_of_their_own():
     engine = build(setup_of(replace(CONFIG, num_pages=64), allocator="max"))
     (result,), journal = engine.serve([request_of(PROMPTS[2], n=3)])

@@ -300,6 +300,7 @@ def test_a_prompt_whose_pages_went_to_the_host_waits_for_them_and_computes_only_
     check(serving, [first, other, ask_of([3] * 7, [7] * 5), again])
 
 
+@pytest.mark.slow
 def test_recompute_moves_nothing_and_computes_again_what_was_lost():
     serving = run(RECOMPUTE)
     assert serving.total("moved_out") == serving.total("moved_in") == 0

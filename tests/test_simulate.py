@@ -99,7 +99,7 @@ def test_engine_and_simulator_make_identical_plans(allocator, config):
     )
 
 
-@pytest.mark.in_ci("paged-config3")
+@pytest.mark.in_ci("paged-config2")
 @pytest.mark.parametrize(
     ("allocator", "config"),
     [
@@ -165,7 +165,7 @@ def test_the_clock_waits_for_arrivals_and_for_nothing_else():
 def test_who_arrives_while_a_step_runs_joins_the_next():
     _, simulation, logs = run([Arrival(0.0, 4, 3), Arrival(1e-9, 4, 3)])
     np.testing.assert_array_equal(joined(logs, "num_running"), [1, 2, 2, 1])
-    assert bool(jnp.all(simulation.served.finishes.seconds == 0))
+    assert bool(jnp.all(simulation.served.finishes.seconds[:2] == 0))
 
 
 def test_who_finds_no_row_waits_outside_and_is_served_in_order():
@@ -198,7 +198,7 @@ def test_content_that_begins_alike_is_found_and_no_other():
         Arrival(30.0, 16, 4),
     ]
     _, simulation, _ = run(requests, config, lru, tokens_each=8)
-    np.testing.assert_array_equal(simulation.served.cached_lens, [0, 8, 0, 0])
+    np.testing.assert_array_equal(simulation.served.cached_lens[:4], [0, 8, 0, 0])
 
 
 @pytest.mark.slow

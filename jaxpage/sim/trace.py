@@ -16,6 +16,8 @@ from jaxpage.sim import clock
 from jaxpage.sim.branching import MEASURED, Branching
 from jaxpage.sim.clock import Time
 
+FEWEST_ROWS = 64
+
 
 @dataclass(frozen=True)
 class Arrival:
@@ -99,7 +101,8 @@ def create(
     firsts = np.cumsum(repeats) - repeats
 
     count = int(np.sum(repeats))
-    padding = (1 << (count - 1).bit_length()) - count
+    # Powers of two, so that most traces run in a program that is compiled already.
+    padding = max(FEWEST_ROWS, 1 << (count - 1).bit_length()) - count
 
     def padded(values: np.ndarray) -> np.ndarray:
         return np.pad(
