@@ -9,7 +9,7 @@ One run after compilation; about a minute on two cores. The last line of stdout 
 
 from absl import flags
 
-from experiments import common
+from experiments import common, hosts
 
 FLAGS = flags.FLAGS
 
@@ -17,8 +17,9 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     common.define_model_flags()
     common.define_engine_flags(prefix_cache=False)
-    common.define_mesh_flag()
+    hosts.define_mesh_flags()
     flags.adopt_module_key_flags(common)
+    flags.adopt_module_key_flags(hosts)
     common.define_workload_flag("32 prompts from ShareGPT")
     flags.DEFINE_integer(
         "num_pages", None, "How many pages the pool has; by default enough for all slots."

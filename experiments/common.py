@@ -14,14 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
-from jax.sharding import Mesh
 
+from experiments import hosts
 from experiments.prices import define_device_flag, prices_by_flags
 from jaxpage.checkpoint.errors import CheckpointError
 from jaxpage.checkpoint.load import LoadedModel, load_model
 from jaxpage.checkpoint.store import cache_folder
 from jaxpage.checkpoint.tokenizer import Tokenizer
 from jaxpage.config import PREEMPTION_MODES, ConfigError, EngineConfig, require
+from jaxpage.engine import processes
 from jaxpage.engine.disk_tier import DiskConfig
 from jaxpage.engine.host import Engine
 from jaxpage.engine.request import Request, Result
@@ -130,22 +131,6 @@ def define_engine_flags(num_slots: int = 32, prefix_cache: bool = True) -> None:
     )
 
 
-def define_mesh_flag() -> None:
-    """On which devices the engine runs."""
-    flags.DEFINE_string(
-        "mesh",
-        None,
-        "The devices to serve on, as data:2,model:4: two replicas that share the requests, each "
-        "divided among four devices. Capacities are those of a replica. By default one device.",
-    )
-
-
-def mesh_flagged() -> Mesh | None:
-    """The mesh of `--mesh`; None without, or in a script that has no such flag."""
-    text = FLAGS.mesh if "mesh" in FLAGS else None
-    return None if text is None else sharding.make_mesh(text)
-
-
 def define_allocator_flag() -> None:
     """Whose tables hold the KV."""
     flags.DEFINE_enum(
@@ -164,9 +149,15 @@ def run(main: Callable[[list[str]], None]) -> None:
             sys.exit(f"error: unexpected argument {argv[1]!r}: every setting is a --flag=value")
         logging.set_verbosity(logging.WARNING)  # absl would show what jax tries on its way
         try:
+            hosts.join_flagged()
             main(argv)
+            hosts.part()
         except (ConfigError, CheckpointError, OSError) as error:
-            sys.exit("error: " + " ".join(str(error).split()))
+            hosts.leave("error: " + " ".join(str(error).split()))
+        except jax.errors.JaxRuntimeError as error:
+            if not processes.are_several():
+                raise
+            hosts.leave(hosts.explained(error))
 
     app.run(guarded)
 
@@ -180,7 +171,7 @@ def keep_compilations() -> None:
 def build_engine(model: LoadedModel, config: EngineConfig, allocator: str = "paged") -> Engine:
     """An engine on `model`, whose parameters it takes over; precision and policy by flag."""
     params = model.params
-    if mesh_flagged() is None:
+    if hosts.mesh_flagged() is None:
         params = serving_params(params, FLAGS.dtype)
     return engine_for(model, params, config, allocator)
 
@@ -204,7 +195,7 @@ def engine_for(
         allocator=allocator_named(allocator) if isinstance(allocator, str) else allocator,
         policy=POLICIES[FLAGS.policy],
         attention=attention_named(FLAGS.attention),
-        mesh=mesh_flagged(),
+        mesh=hosts.mesh_flagged(),
     )
     return Engine(params, setup, jnp.dtype(FLAGS.dtype), disk or disk_flags())
 
@@ -252,7 +243,7 @@ def attention_in_use(engine: Engine) -> str:
 def load_flagged_model() -> LoadedModel:
     """The model of `--model` in `--dtype`, on the devices of `--mesh`."""
     keep_compilations()
-    mesh = mesh_flagged()
+    mesh = hosts.mesh_flagged()
     if mesh is None:
         return load_model(FLAGS.model, jnp.dtype(FLAGS.dtype))
     shardings = functools.partial(sharding.stored_shardings, mesh=mesh)
@@ -350,7 +341,12 @@ def read_jsonl(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def open_for_writing(path: str):
-    """Opens `path` at once, so that an unwritable one fails before the work and not after."""
+    """Opens `path` at once, so that an unwritable one fails before the work and not after.
+
+    Of several processes only the first writes.
+    """
+    if not processes.is_first():
+        return hosts.nowhere()
     try:
         return open(path, "w", encoding="utf-8")
     except OSError as error:
@@ -358,8 +354,8 @@ def open_for_writing(path: str):
 
 
 def make_folder(path: str) -> Path:
-    """The folder `path`, made if it is not there."""
-    folder = Path(path)
+    """The folder `path`, made if it is not there; of several processes the first has it alone."""
+    folder = Path(path if processes.is_first() else hosts.folder_of_none())
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

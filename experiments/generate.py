@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from absl import flags
 
-from experiments import common, saving
+from experiments import common, hosts, saving
 from jaxpage.checkpoint.load import LoadedModel
 from jaxpage.config import ConfigError, EngineConfig, require
 from jaxpage.engine.request import Request, Result
@@ -40,8 +40,9 @@ class EarlyStopping(flags.BooleanParser):
 def define_flags() -> None:
     common.define_model_flags()
     common.define_engine_flags()
-    common.define_mesh_flag()
+    hosts.define_mesh_flags()
     flags.adopt_module_key_flags(common)
+    flags.adopt_module_key_flags(hosts)
     flags.DEFINE_string("prompts", None, "The JSONL file with the prompts.", required=True)
     flags.DEFINE_string("out", None, "The JSONL file to write the answers to.", required=True)
     flags.DEFINE_integer(

@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments import common, saving
+from experiments import common, hosts, saving
 from jaxpage.checkpoint.load import LoadedModel
 from jaxpage.config import ConfigError
 from jaxpage.engine.host import Engine
@@ -36,8 +36,9 @@ MAX_OUTPUT_TOKENS = 256
 def define_flags() -> None:
     common.define_model_flags()
     common.define_engine_flags(num_slots=64)
-    common.define_mesh_flag()
+    hosts.define_mesh_flags()
     flags.adopt_module_key_flags(common)
+    flags.adopt_module_key_flags(hosts)
     define_serving_flags()
     common.define_allocator_flag()
     saving.define_save_flags()

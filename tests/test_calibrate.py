@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from test_experiments import run_script
+from scripts import run_script
 
 from jaxpage.config import ConfigError
 from jaxpage.sim import calibrate, kernels, profiles

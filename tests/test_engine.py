@@ -73,6 +73,7 @@ def test_nothing_compiles_while_serving(num_compiled):
     assert num_compiled() == before
 
 
+@pytest.mark.slow
 def test_allocators_that_differ_by_rule_alone_are_one_program(num_compiled):
     config = replace(CONFIG, num_pages=32)
     params = params_of()
@@ -104,6 +105,7 @@ def test_answers_do_not_depend_on_company_or_form_of_weights():
     assert outputs(build(params=stacked).serve(REQUESTS)[0]) == expected
 
 
+@pytest.mark.slow
 def test_more_requests_than_the_queue_holds_are_all_served_in_the_order_given():
     config = replace(CONFIG, num_requests=3)
     results, journal = build(setup_of(config)).serve(REQUESTS)

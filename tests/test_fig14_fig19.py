@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from test_experiments import assert_fails_with, run_script
+from scripts import run_script
+from test_experiments import assert_fails_with
 
 from experiments import fig14_parallel_and_beam, fig19_swap_recompute
 

@@ -6,7 +6,8 @@ import re
 
 import numpy as np
 import pytest
-from test_experiments import assert_fails_with, run_script
+from scripts import run_script
+from test_experiments import assert_fails_with
 
 from experiments import claim_kv_size
 from experiments.paper_setups import SETUPS
@@ -180,6 +181,7 @@ def test_fig02_in_short(tmp_path):
     assert (tmp_path / "fig02.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_advise_says_whether_pages_pay_and_how_many_users_fit():
     flags = ("--model=llama-3.1-8b", "--prompt_len=200", "--output_len=100", "--page_sizes=16")
     done = run_script("advise", *flags, "--concurrency=1", "--spread=0")

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from test_experiments import run_script
+from scripts import run_script
 
 from experiments import fig16_shared_prefix, fig17_chatbot, kept_rounds, rate_search
 from jaxpage.config import ConfigError, EngineConfig
@@ -80,6 +80,7 @@ def test_drawn_dialogues_have_the_rounds_and_turns_that_are_stated():
     assert np.mean(opens) == pytest.approx(fig17_chatbot.BEGIN_WITH_ANSWER, abs=0.03)
 
 
+@pytest.mark.slow
 def test_requests_share_the_prefix_and_nothing_else():
     config = EngineConfig(
         num_slots=4,

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_experiments import run_script
+from scripts import run_script
 
 from experiments import (
     claim_fragmentation,

@@ -16,14 +16,13 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxpage.config import require
-from jaxpage.engine import loop, moving, step
+from jaxpage.engine import loop, moving, processes, step
 from jaxpage.engine.disk_tier import DiskConfig, DiskTier, Owner
 from jaxpage.engine.request import Request, Result, group_of, refusal, reserved_len
 from jaxpage.engine.run import Journal, Run
 from jaxpage.engine.snapshots import SnapshotConfig, Snapshots
 from jaxpage.engine.step import EngineState, Setup
 from jaxpage.model.params import Params
-from jaxpage.scheduling.accounting import StepRecord
 from jaxpage.scheduling.state import (
     DONE,
     FINISH_REASONS,
@@ -135,6 +134,8 @@ class Engine:
           snapshots: where and how often all of this is saved, and whether a saved run goes on
             first: its requests are then those that it knows, and of `requests` those it does not.
         """
+        requests = list(requests)
+        processes.require_alike("requests or flags", self.setup.engine, requests, snapshots)
         saved = Snapshots(snapshots, self.setup) if snapshots is not None else None
         with saved or contextlib.nullcontext():
             run = self._begin(saved)
@@ -242,9 +243,10 @@ class Engine:
 
     def _read_log(self, run: Run, before_s: float) -> None:
         log, journal = self.state.log, run.journal
-        counts = np.array(log.count)  # waits for the device
+        # Waits for the device.
+        counts, records = processes.on_host((log.count, log.records), self.setup.mesh)
         after_s = run.clock.now_s()
-        columns = {name: np.array(getattr(log.records, name)) for name in StepRecord._fields}
+        columns = records._asdict()
         for replica, at in enumerate(np.ndindex(counts.shape)):
             count = int(counts[at])
             for i in range(count):
@@ -253,13 +255,15 @@ class Engine:
                 journal.step_times_s.append(before_s + (after_s - before_s) * (i + 1) / count)
                 run.step_times_s[replica][record["step"]] = journal.step_times_s[-1]
             if self.setup.engine.record_page_map:
-                journal.owners.extend(np.array(log.owners[at][:count]))
+                journal.owners.extend(processes.on_host(log.owners, self.setup.mesh)[at][:count])
         journal.num_host_reads += 1
 
-    def _by_row(self, held: jax.Array) -> np.ndarray:
+    def _by_row(self, held: Any) -> Any:
         """What the queues hold, by their rows counted over all replicas."""
-        values = np.array(held)
-        return values if self.setup.mesh is None else values.reshape(-1, *values.shape[2:])
+        values = processes.on_host(held, self.setup.mesh)
+        if self.setup.mesh is None:
+            return values
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), values)
 
     def _read_requests(self, run: Run, on_tokens: TokenFn | None) -> list[Result]:
         """Results of the requests that ended, whose rows it frees; tells listeners of tokens."""
@@ -269,7 +273,7 @@ class Engine:
         if not ended and on_tokens is None:
             return []
         over = []
-        known = jax.tree.map(self._by_row, held)
+        known = self._by_row(held)
         for row, (request, sample) in run.active.items():
             # Until a beam search is over, nobody knows its tokens.
             if request.num_beams > 1 and (phases[row] != DONE or not 0 <= sample < request.n):

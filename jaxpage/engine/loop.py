@@ -10,7 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxpage.engine import chains, replicas
@@ -69,6 +69,12 @@ def create_replicas(*, setup: Setup, dtype: DTypeLike) -> EngineState:
     assert setup.mesh is not None
     state = replicas.stacked(create(setup, dtype), setup.mesh)
     return lax.with_sharding_constraint(state, replicas.shardings(state, setup.mesh))
+
+
+@partial(jax.jit, static_argnames=("mesh",))
+def on_all[T](tree: T, *, mesh: Mesh) -> T:
+    """A tree of arrays that every device of a mesh has whole, so that every process can read it."""
+    return lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 @partial(jax.jit, static_argnames=("mesh",), donate_argnames=("state",))

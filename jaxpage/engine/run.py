@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxpage.config import ConfigError, require
+from jaxpage.engine import processes
 from jaxpage.engine.request import Request, Result
 
 
@@ -58,13 +59,16 @@ class Journal:
 
 
 class Clock:
-    """Seconds since serving began; a run that goes on elsewhere does not count the time between."""
+    """Seconds since serving began; a run that goes on elsewhere does not count the time between.
+
+    All processes of a run go by that of the first.
+    """
 
     def __init__(self, elapsed_s: float = 0.0):
         self._start_s = time.perf_counter() - elapsed_s
 
     def now_s(self) -> float:
-        return time.perf_counter() - self._start_s
+        return processes.of_first(time.perf_counter() - self._start_s)
 
 
 @dataclass

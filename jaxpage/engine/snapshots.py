@@ -11,17 +11,17 @@ requests alone (`moving`): what had begun is preempted to it, and computed again
 
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import jax
-import numpy as np
 
 from jaxpage.checkpoint.snapshot_files import SnapshotFiles
 from jaxpage.config import ConfigError, require
+from jaxpage.engine import processes
 from jaxpage.engine.run import Run
 from jaxpage.engine.step import EngineState, Setup
 from jaxpage.scheduling.state import Requests
@@ -77,7 +77,7 @@ class Snapshots:
         self._folder = Path(config.folder).expanduser().resolve()
         self._due_s, self._due_step = 0.0, 0
         with ExitStack() as opened:
-            opened.enter_context(_lock(self._folder))
+            _in_first(lambda: opened.enter_context(_lock(self._folder)))
             self._files = SnapshotFiles(self._folder, config.keep)
             opened.callback(self._files.close)  # waits for what is being written
             self._last = self._files.last
@@ -109,17 +109,17 @@ class Snapshots:
     def is_due(self, run: Run) -> bool:
         """Whether to save now: an interval is over, and nothing is being written."""
         is_over = run.clock.now_s() >= self._due_s or run.journal.num_steps >= self._due_step
-        return is_over and not self.is_writing
+        return is_over and not processes.any_of(self.is_writing)
 
     def save(self, state: EngineState, run: Run, engine: dict[str, Any]) -> None:
         """Begins to save; when it returns, `state` may be donated."""
-        first_steps = np.array(state.scheduler.requests.first_steps).reshape(-1)
+        first_steps = processes.on_host(state.scheduler.requests.first_steps, self._setup.mesh)
         host = {
             "version": _VERSION,
             "model": _model_facts(state, self._setup),
             "layout": _layout(state, self._setup),
             "engine": engine,
-            "run": run.to_json(first_steps),
+            "run": run.to_json(first_steps.reshape(-1)),
         }
         with self._told("written"):
             steps = run.journal.to_arrays()
@@ -182,6 +182,11 @@ class Snapshots:
             yield
         except ConfigError:
             raise
+        except TimeoutError as error:  # of several processes, which write a snapshot together
+            raise ConfigError(
+                f"save_dir={self._config.folder} cannot be {what}: another process is gone or "
+                f"cannot be reached ({error}): start all of them with --resume"
+            ) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             remedy = (
                 f"delete {self._folder / str(self._last)} to go on from the snapshot before"
@@ -191,6 +196,18 @@ class Snapshots:
             raise ConfigError(
                 f"save_dir={self._config.folder} cannot be {what}: {error}: {remedy}"
             ) from error
+
+
+def _in_first(act: Callable[[], object]) -> None:
+    """Lets the first process act; if it cannot, no process goes on."""
+    failure = None
+    if processes.is_first():
+        try:
+            act()
+        except ConfigError as error:
+            failure = error
+    if processes.any_of(failure is not None):
+        raise failure or ConfigError("the first process says why nothing can be saved")
 
 
 def _lock(folder: Path) -> IO[str]:

@@ -7,6 +7,7 @@ and their pages, some of the MLP, and some of the vocabulary. A step runs on all
 a layer two all-reduces (Shoeybi et al. 2019, Megatron-LM, section 3).
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -57,6 +58,11 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
         needed <= len(devices),
         f"mesh={text!r} needs {needed} devices, and there are {len(devices)}: make it smaller, or "
         f"set JAX_NUM_CPU_DEVICES={needed} to try it on a CPU",
+    )
+    require(
+        needed == len(devices) or jax.process_count() == 1,
+        f"mesh={text!r} is of {needed} devices, and the processes have {len(devices)}: "
+        "in a run of several processes it has to take all",
     )
     return Mesh(np.array(devices[:needed]).reshape(shape), (DATA, MODEL))
 
@@ -151,8 +157,18 @@ def divide(config: ModelConfig, params: Params, mesh: Mesh) -> tuple[ModelConfig
 
 
 def all_reduce(x: jax.Array, axis: str | None) -> jax.Array:
-    """The sum of `x` over the devices of `axis`."""
-    return x if axis is None else lax.psum(x, axis)
+    """The sum of `x` over the devices of `axis`.
+
+    On CPUs it is taken in the order of the devices: the bits are then the same whether they are of
+    one process or of several, whose library begins each part of a sum elsewhere.
+    """
+    if axis is None:
+        return x
+
+    def in_order(x: jax.Array) -> jax.Array:
+        return functools.reduce(jnp.add, lax.all_gather(x, axis))
+
+    return lax.platform_dependent(x, cpu=in_order, default=lambda x: lax.psum(x, axis))
 
 
 def embed(table: jax.Array, tokens: jax.Array, axis: str | None) -> jax.Array:
