@@ -46,7 +46,7 @@ $(INSPECT_STAMP): pyproject.toml Makefile
 test: setup $(INSPECT_STAMP) ## Run the tests
 	INSPECT_PYTHON=$(INSPECT)/bin/python $(BIN)/python -m pytest $(WORKERS)
 
-test-slow: setup $(INSPECT_STAMP) ## Run the exhaustive checks as well (tens of minutes)
+test-slow: setup $(INSPECT_STAMP) ## Run the exhaustive checks as well (many hours: also one file at a time, by pytest -m slow)
 	INSPECT_PYTHON=$(INSPECT)/bin/python $(BIN)/python -m pytest $(WORKERS) -m 'slow or not slow'
 
 inspect: $(INSPECT_STAMP) ## Compile every kernel at every shape for cards that are not here

@@ -1,17 +1,13 @@
 """Requests that end because nobody waits for them, wherever they are."""
 
-from dataclasses import replace
-
 import jax
 import numpy as np
 import pytest
-from tiny_engine import CONFIG, PROMPTS, build, setup_of
+from test_snapshots import SETUP
+from tiny_engine import PROMPTS, build
 
 from jaxpage.engine.request import Request
 
-EVERYTHING = replace(
-    CONFIG, num_pages=16, num_requests=8, host_pages=8, preemption="fine", max_beams=2
-)
 REQUESTS = [
     Request("sampled", PROMPTS[2], 12, temperature=0.9, n=2, seed=5),
     Request("searched", PROMPTS[1], 8, num_beams=2, n=2),
@@ -43,13 +39,13 @@ def serve(setup, cancels, requests=REQUESTS):
 
 @pytest.fixture(scope="module")
 def undisturbed():
-    return serve(setup_of(EVERYTHING, allocator="lru"), {})[0]
+    return serve(SETUP, {})[0]
 
 
 @pytest.mark.parametrize("look", [1, 4, 9, 16])
 def test_who_is_cancelled_has_what_there_is_and_the_others_all(undisturbed, look):
     gone = ["sampled", "searched", "1", "4"]
-    found, journal = serve(setup_of(EVERYTHING, allocator="lru"), {look: [*gone, "nobody"]})
+    found, journal = serve(SETUP, {look: [*gone, "nobody"]})
     num_cancelled = 0
     for name, result in found.items():
         whole = undisturbed[name]
@@ -71,22 +67,20 @@ def test_who_is_cancelled_has_what_there_is_and_the_others_all(undisturbed, look
 
 
 def test_all_can_be_cancelled_and_what_came_before_stays_cached():
-    setup = setup_of(EVERYTHING, allocator="lru")
+    setup = SETUP
     found, _ = serve(setup, {3: [request.id for request in REQUESTS]})
     assert {result.finish_reason for result in found.values()} == {"cancelled"}
 
 
 def test_a_request_that_is_over_or_comes_later_is_none_to_cancel(undisturbed):
     late = Request("late", PROMPTS[0], 4, ignore_eos=True, arrival_s=0.2)
-    found, _ = serve(
-        setup_of(EVERYTHING, allocator="lru"), {1: ["late"], 2: ["late"]}, [REQUESTS[2], late]
-    )
+    found, _ = serve(SETUP, {1: ["late"], 2: ["late"]}, [REQUESTS[2], late])
     assert found["late"].finish_reason == "cancelled" and found["late"].output_ids == []
     assert found["0"].output_ids == undisturbed["0"].output_ids
 
 
 def test_cancelling_compiles_nothing_while_serving():
-    engine = build(setup_of(EVERYTHING, allocator="lru"))
+    engine = build(SETUP)
     engine.compile()
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(

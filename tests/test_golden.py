@@ -91,6 +91,7 @@ def pool_of(tokens: int, page_size: int) -> int:
     return -(-tokens // page_size)
 
 
+@pytest.mark.slow
 def test_outputs_are_the_references_singly_together_and_in_any_order():
     engine = build(page_size=16, num_pages=pool_of(8 * LONGEST, 16))
     check(engine.serve(REQUESTS)[0])

@@ -41,7 +41,10 @@ def start(
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stdout, stderr=stderr)
 
 
-def start_all(tmp_path: Path, out: str, *more: str, num_processes: int) -> list[subprocess.Popen]:
+def start_all(
+    tmp_path: Path, out: str, *more: str, num_processes: int, last: tuple[str, ...] = ()
+) -> list[subprocess.Popen]:
+    """All of them, with flags that the `last` one has alone."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -49,7 +52,7 @@ def start_all(tmp_path: Path, out: str, *more: str, num_processes: int) -> list[
     return [
         start(
             tmp_path, out, *them, f"--process_id={i}", f"--dead_after_s={DEAD_AFTER_S}", *more,
-            num_devices=2, number=i,
+            *(last if i == num_processes - 1 else ()), num_devices=2, number=i,
         )
         for i in range(num_processes)
     ]  # fmt: skip
@@ -90,6 +93,22 @@ def test_several_processes_print_what_one_prints(tmp_path, num_processes, mesh):
     assert (tmp_path / "all.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
 
 
+def fails(tmp_path: Path, process: subprocess.Popen, number: int, within_s: float) -> str:
+    """What a process said that ends with an error."""
+    assert process.wait(timeout=within_s) not in (0, -signal.SIGKILL)
+    return (tmp_path / f"all.jsonl.{number}.err").read_text()
+
+
+@pytest.mark.slow
+def test_processes_that_were_given_different_requests_refuse_them(tmp_path):
+    write_inputs(tmp_path, max_new_tokens=4)
+    end(tmp_path, "one.jsonl", start(tmp_path, "one.jsonl", num_devices=1))  # converts the model
+    flags = ("--mesh=data:2,model:2",)
+    them = start_all(tmp_path, "all.jsonl", *flags, num_processes=2, last=("--seed=7",))
+    for number, process in enumerate(them):
+        assert "given different requests" in fails(tmp_path, process, number, within_s=120)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dies", [0, 1])
 def test_who_dies_is_missed_and_the_run_goes_on_from_what_was_saved(tmp_path, dies):
@@ -103,12 +122,7 @@ def test_who_dies_is_missed_and_the_run_goes_on_from_what_was_saved(tmp_path, di
         time.sleep(0.005)
     them[dies].send_signal(signal.SIGKILL)
     assert them[dies].wait() == -signal.SIGKILL
-    since_s = time.monotonic()
-    left = them[1 - dies]
-    left.wait(timeout=60)
-    assert time.monotonic() - since_s < DEAD_AFTER_S + 10
-    assert left.returncode != 0
-    said = (tmp_path / f"all.jsonl.{1 - dies}.err").read_text()
+    said = fails(tmp_path, them[1 - dies], 1 - dies, within_s=DEAD_AFTER_S + 10)
     if dies == 0:  # with it goes what connects them, whose loss XLA does not leave to us
         assert "another task died" in said
     else:
@@ -118,3 +132,22 @@ def test_who_dies_is_missed_and_the_run_goes_on_from_what_was_saved(tmp_path, di
     again = end(tmp_path, "all.jsonl", *start_all(tmp_path, "all.jsonl", *flags, num_processes=2))
     assert again["steps"] == expected["steps"]
     assert (tmp_path / "all.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_who_falls_silent_is_missed_in_time(tmp_path):
+    write_inputs(tmp_path, max_new_tokens=100)
+    end(tmp_path, "one.jsonl", start(tmp_path, "one.jsonl", num_devices=1))  # converts the model
+    flags = ("--mesh=data:2,model:2", f"--save_dir={tmp_path / 'saves'}", "--save_every_steps=1")
+    them = start_all(tmp_path, "all.jsonl", *flags, num_processes=2)
+    while not any(path.name.isdecimal() for path in (tmp_path / "saves").glob("*")):
+        assert all(process.poll() is None for process in them)
+        time.sleep(0.005)
+    them[1].send_signal(signal.SIGSTOP)
+    try:
+        since_s = time.monotonic()
+        fails(tmp_path, them[0], 0, within_s=3 * DEAD_AFTER_S)
+        print(f"\nsilence of {DEAD_AFTER_S} s was missed after {time.monotonic() - since_s:.1f} s")
+    finally:
+        them[1].kill()
+        them[1].wait()

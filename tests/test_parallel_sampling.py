@@ -95,7 +95,7 @@ def check_together(engine: Engine, groups: list[range], num_steps: int) -> int:
     pytest.fail("the requests never end")
 
 
-@pytest.mark.in_ci("lru-shortest_first-recompute")
+@pytest.mark.in_ci("paged-fcfs-recompute")
 @pytest.mark.parametrize(
     ("allocator", "policy", "mode"),
     [

@@ -308,12 +308,17 @@ def test_recompute_moves_nothing_and_computes_again_what_was_lost():
     assert serving.total("num_recomputed") == extra > 0
 
 
-def test_pages_move_fewer_than_whole_sequences_and_never_more_than_the_budget():
-    swap, fine, slow = (run(MODES[mode]) for mode in ("swap", "fine", "fine, a page a step"))
+@pytest.mark.slow
+def test_no_step_moves_more_than_the_budget():
+    slow = run(MODES["fine, a page a step"])
+    assert max(int(record.moved_out) for record in slow.records) == 1
+
+
+def test_pages_move_fewer_than_whole_sequences():
+    swap, fine = run(MODES["swap"]), run(MODES["fine"])
     assert fine.total("moved_out") < swap.total("moved_out")
     assert max(int(record.moved_out) for record in swap.records) > 2
     assert max(int(record.moved_out) for record in fine.records) == 2  # two rows grow at once
-    assert max(int(record.moved_out) for record in slow.records) == 1
 
 
 def test_fine_takes_the_last_pages_of_the_last_sequence():
@@ -365,6 +370,7 @@ def test_auto_weighs_each_request_by_its_length():
         assert (serving.total("moved_out") > 0) != computes_again
 
 
+@pytest.mark.slow
 def test_a_full_host_falls_back_to_recompute():
     serving = run(MODES["swap, small host"])
     assert serving.total("num_recomputed") > 0

@@ -122,7 +122,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.in_ci("pages of another size")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_an_engine_of_other_capacities_prints_the_same_tokens(tmp_path, uninterrupted, name):
     stop_after(build(SETUP), tmp_path, 6)
@@ -138,7 +138,7 @@ def test_an_engine_of_other_capacities_prints_the_same_tokens(tmp_path, uninterr
     assert not np.any(engine.setup.allocator.violations(engine.state.scheduler.table))
 
 
-@pytest.mark.in_ci("data:2,model:1-data:2,model:2", "data:2,model:1-None")
+@pytest.mark.in_ci("data:2,model:1-None")
 @pytest.mark.parametrize(
     ("before", "after"),
     [

@@ -42,7 +42,8 @@ class Engine:
     """A compiled engine with its state. One `serve` at a time; state stays between calls.
 
     On a mesh it is as many replicas as the mesh has, and `params` are where `param_shardings` says.
-    Rows of the queue then count over all replicas, one after the other.
+    Rows of the queue then count over all replicas, one after the other. Of several processes each
+    has an engine on the same mesh, and asks of it what all others ask, in the same order.
     """
 
     def __init__(
