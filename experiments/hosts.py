@@ -9,8 +9,10 @@ All read the same prompts; the first writes the results.
 """
 
 import os
+import socket
 import sys
 import tempfile
+import time
 from typing import NoReturn, TextIO
 
 import jax
@@ -83,6 +85,8 @@ def join_flagged() -> None:
         f"--process_id={FLAGS.process_id} must be less than --num_processes={FLAGS.num_processes}",
     )
     require(FLAGS.mesh is not None, "several processes serve on one mesh: give --mesh too")
+    if not FLAGS.cluster and FLAGS.process_id != 0:
+        _await_first(FLAGS.coordinator_address)
     try:
         jax.distributed.initialize(
             *(FLAGS[name].value for name in _NAMES),
@@ -99,6 +103,27 @@ def join_flagged() -> None:
     printed = os.dup(1)
     os.dup2(2, 1)  # where libraries print on their way
     sys.stdout = nowhere() if not processes.is_first() else os.fdopen(printed, "w")
+
+
+def _await_first(address: str) -> None:
+    """Waits until the first process listens; JAX would abort if it never did."""
+    host, _, port = address.rpartition(":")
+    require(
+        bool(host) and port.isdecimal(),
+        f"--coordinator_address={address} must be HOST:PORT, as in node1:9876",
+    )
+    until_s = time.monotonic() + FLAGS.dead_after_s
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=1).close()
+            return
+        except OSError as error:
+            require(
+                time.monotonic() < until_s,
+                f"nobody listens at --coordinator_address={address} ({error}): start the first "
+                f"process within --dead_after_s={FLAGS.dead_after_s} seconds",
+            )
+            time.sleep(0.2)
 
 
 def nowhere() -> TextIO:
