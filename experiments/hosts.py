@@ -26,6 +26,7 @@ from jaxpage.model import sharding
 FLAGS = flags.FLAGS
 
 _NAMES = ("coordinator_address", "num_processes", "process_id")
+_FOLDERS: list[tempfile.TemporaryDirectory] = []
 
 
 def define_mesh_flags() -> None:
@@ -136,9 +137,6 @@ def folder_of_none() -> str:
     folder = tempfile.TemporaryDirectory(prefix="jaxpage-")
     _FOLDERS.append(folder)
     return folder.name
-
-
-_FOLDERS: list[tempfile.TemporaryDirectory] = []
 
 
 def part() -> None:

@@ -67,8 +67,7 @@ def test_who_is_cancelled_has_what_there_is_and_the_others_all(undisturbed, look
 
 
 def test_all_can_be_cancelled_and_what_came_before_stays_cached():
-    setup = SETUP
-    found, _ = serve(setup, {3: [request.id for request in REQUESTS]})
+    found, _ = serve(SETUP, {3: [request.id for request in REQUESTS]})
     assert {result.finish_reason for result in found.values()} == {"cancelled"}
 
 

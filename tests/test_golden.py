@@ -96,7 +96,8 @@ def test_outputs_are_the_references_singly_together_and_in_any_order():
     engine = build(page_size=16, num_pages=pool_of(8 * LONGEST, 16))
     check(engine.serve(REQUESTS)[0])
     check(engine.serve(BRIEF[::-1])[0])
-    check(engine.serve(BRIEF[:1])[0])
+    for request in BRIEF[::3]:
+        check(engine.serve([request])[0])
     check_nothing_is_held(engine)
 
 

@@ -47,7 +47,7 @@ def run(engine: Engine, requests, is_poisoned: bool) -> tuple[list, int]:
     return list(found), int(held.num_preemptions.sum())
 
 
-@pytest.mark.in_ci("paged-10")
+@pytest.mark.in_ci("lru-10")
 @pytest.mark.parametrize(
     ("allocator", "num_pages"),
     [("paged", 24), ("paged", 10), ("lru", 24), ("lru", 10), ("oracle", 32), ("max", 32)],

@@ -192,7 +192,11 @@ def test_advise_says_whether_pages_pay_and_how_many_users_fit():
     # 0.9 x 80 GB less 16 GB of weights, at 131,072 bytes a token; 300 tokens a user.
     assert row["users_paged"] == row["users_contiguous"] == row["kv_tokens"] // 300
     assert row["kv_tokens"] == pytest.approx(427_000, rel=0.01)
-    assert_fails_with(run_script("advise", flags[0]), "--prompt_len and --output_len", "--workload")
+
+
+def test_advise_says_what_it_needs():
+    done = run_script("advise", "--model=llama-3.1-8b")
+    assert_fails_with(done, "--prompt_len and --output_len", "--workload")
 
 
 @pytest.mark.slow

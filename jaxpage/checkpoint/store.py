@@ -192,7 +192,7 @@ def cached_conversion(
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     folder = cache_folder() / f"{name}-{dtype.name}-{digest}"
     if not is_model_folder(folder):
-        if jax.process_count() > 1:
+        if jax.distributed.is_initialized() and jax.process_count() > 1:
             raise CheckpointError(
                 f"{name} has not been converted to {dtype.name} yet, which one process does alone: "
                 "run `python -m experiments.convert_checkpoint` on each host first"

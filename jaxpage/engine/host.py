@@ -72,6 +72,10 @@ class Engine:
         self.advance(0)
         if self._disk is not None:
             self.state = self._disk.compile(self.state)
+        processes.compile_all()
+        requests, log = self.state.scheduler.requests, self.state.log
+        for read in ((log.count, log.records), requests.phases, requests):
+            processes.on_host(read, self.setup.mesh)
         jax.block_until_ready(self.state)
         return time.perf_counter() - start_s
 

@@ -19,12 +19,20 @@ from jaxpage.engine import loop
 
 
 def are_several() -> bool:
-    return jax.process_count() > 1
+    """Whether there are others; unlike JAX's own count it takes hold of no device."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_first() -> bool:
     """Whether this is the process that writes results."""
-    return jax.process_index() == 0
+    return not are_several() or jax.process_index() == 0
+
+
+def compile_all() -> None:
+    """Compiles what agreeing takes, so that serving does not."""
+    of_first(0.0)
+    any_of(False)
+    require_alike("nothing")
 
 
 def on_host(tree: Any, mesh: Mesh | None) -> Any:

@@ -182,17 +182,13 @@ class Snapshots:
             yield
         except ConfigError:
             raise
-        except TimeoutError as error:  # of several processes, which write a snapshot together
-            raise ConfigError(
-                f"save_dir={self._config.folder} cannot be {what}: another process is gone or "
-                f"cannot be reached ({error}): start all of them with --resume"
-            ) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
-            remedy = (
-                f"delete {self._folder / str(self._last)} to go on from the snapshot before"
-                if what == "read"
-                else "free the disk, or choose another folder"
-            )
+            if processes.are_several() and isinstance(error, TimeoutError):
+                remedy = "another process is gone or cannot be reached: start all with --resume"
+            elif what == "read":
+                remedy = f"delete {self._folder / str(self._last)} to go on from the one before"
+            else:
+                remedy = "free the disk, or choose another folder"
             raise ConfigError(
                 f"save_dir={self._config.folder} cannot be {what}: {error}: {remedy}"
             ) from error
