@@ -12,6 +12,7 @@ from jaxpage.config import ConfigError
 from jaxpage.engine import loop, step
 from jaxpage.engine.host import Engine
 from jaxpage.engine.request import Request
+from jaxpage.engine.run import MOST_IDLE, Run
 from jaxpage.model.params import init_params
 from jaxpage.model.placement import serving_params
 from jaxpage.scheduling.policies import POLICIES
@@ -241,3 +242,14 @@ def test_bfloat16_serves_and_is_close_to_float32():
     for a, b in zip(exact, rounded, strict=True):
         assert len(a.output_ids) == len(b.output_ids)
         assert abs(a.logprobs[0] - b.logprobs[0]) < 0.05
+
+
+def test_a_run_in_which_nothing_is_done_ends_with_an_error_and_not_never():
+    run = Run.of(num_replicas=2, num_rows=4)
+    idle = np.ones((MOST_IDLE,), np.bool_)
+    run.note_idle(0, idle)
+    run.note_idle(1, idle)
+    run.note_idle(0, np.array([True, False, True]))
+    run.note_idle(0, idle[1:])
+    with pytest.raises(AssertionError, match=rf"nothing was done in {MOST_IDLE + 1} steps"):
+        run.note_idle(1, idle[:1])

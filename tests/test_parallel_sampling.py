@@ -134,6 +134,26 @@ def test_samples_are_admitted_and_preempted_together_and_that_changes_no_token(
         assert got == samples_of(result)
 
 
+def test_a_prompt_that_ends_within_a_full_page_is_computed_again_by_all_who_come_back():
+    """That page holds the first one's output too: as a page of the index it goes to nobody else."""
+    first = replace(request_of(PROMPTS[-1], 1), id="first", max_new_tokens=20)
+    samples = replace(request_of(PROMPTS[0], 2), id="samples", max_new_tokens=14)
+    search = replace(samples, id="search", temperature=0.0, num_beams=2)
+    assert len(samples.prompt_ids) < CONFIG.page_size
+    config = replace(CONFIG, max_beams=2)
+    roomy = build(setup_of(config, allocator="lru"))
+    tight = build(setup_of(replace(config, num_pages=11), allocator="lru"))
+    for several in (samples, search):
+        expected = [samples_of(result) for result in roomy.serve([first, several])[0]]
+        results, _ = tight.serve([first, several])
+        assert [samples_of(result) for result in results] == expected
+        assert [result.num_preemptions for result in results] == [0, 1]
+        requests = tight.state.scheduler.requests
+        assert int(np.max(requests.computed_lens[1:3])) > CONFIG.page_size
+        ends = np.asarray(requests.final_steps[1:3])
+        assert abs(ends[0] - ends[1]) <= 1  # neither has waited for the other's end
+
+
 @pytest.mark.slow
 def test_where_nothing_can_be_shared_samples_are_sequences_of_their_own():
     engine = build(setup_of(replace(CONFIG, num_pages=64), allocator="max"))

@@ -259,6 +259,8 @@ class Engine:
                 journal.records.append(record)
                 journal.step_times_s.append(before_s + (after_s - before_s) * (i + 1) / count)
                 run.step_times_s[replica][record["step"]] = journal.step_times_s[-1]
+            moved = columns["moved_out"][at] + columns["moved_in"][at]
+            run.note_idle(replica, (columns["num_tokens"][at] + moved)[:count] == 0)
             if self.setup.engine.record_page_map:
                 journal.owners.extend(processes.on_host(log.owners, self.setup.mesh)[at][:count])
         journal.num_host_reads += 1

@@ -16,6 +16,8 @@ from jaxpage.config import ConfigError, require
 from jaxpage.engine import processes
 from jaxpage.engine.request import Request, Result
 
+MOST_IDLE = 64  # steps on end; a pause between two moves of pages is far shorter
+
 
 @dataclass
 class Journal:
@@ -83,6 +85,7 @@ class Run:
     active: dict[int, tuple[Request, int]] = field(default_factory=dict)  # and sample, by row
     done: dict[str, list[tuple[int, Result]]] = field(default_factory=dict)  # samples, by request
     told: dict[int, int] = field(default_factory=dict)  # tokens already read, by row
+    num_idle: list[int] = field(default_factory=list)  # steps without work up to now, by replica
     num_over: int = 0  # results that are final
     journal: Journal = field(default_factory=Journal)
     clock: Clock = field(default_factory=Clock)
@@ -94,7 +97,24 @@ class Run:
         return cls(
             free_rows=[list(range(start + num_rows - 1, start - 1, -1)) for start in starts],
             step_times_s=[{} for _ in starts],
+            num_idle=[0 for _ in starts],
         )
+
+    def note_idle(self, replica: int, is_idle: np.ndarray) -> None:
+        """Counts steps in which nothing was computed and no page moved, `is_idle: bool[n]`.
+
+        Raises:
+          AssertionError: there were so many on end that nothing will ever be done.
+        """
+        busy = np.flatnonzero(~is_idle)
+        before = self.num_idle[replica] + len(is_idle)
+        self.num_idle[replica] = before if len(busy) == 0 else len(is_idle) - 1 - int(busy[-1])
+        if self.num_idle[replica] > MOST_IDLE:
+            left = ", ".join(sorted({request.id for request, _ in self.active.values()}))
+            raise AssertionError(
+                f"nothing was done in {self.num_idle[replica]} steps, nor ever will be: a fault of "
+                f"the scheduler; not finished: {left}"
+            )
 
     def receive(self, request: Request, refusal: str | None) -> None:
         """Puts a request among the waiting, after those that arrive with it, if none refuses it."""
@@ -196,6 +216,7 @@ class Run:
         return cls(
             free_rows=known["free_rows"],
             step_times_s=[dict(times_s) for times_s in known["step_times_s"]],
+            num_idle=[0 for _ in known["step_times_s"]],
             results={request.id: _result_in(request, row) for request, row in results},
             waiting=deque(requests[name] for name in known["waiting"]),
             seats=known["seats"],

@@ -20,6 +20,7 @@ from jaxpage.scheduling.admission import admit, share_prompts
 from jaxpage.scheduling.batch import (
     Batch,
     followers,
+    leaders,
     of_slots,
     own_pace,
     take_pages,
@@ -216,7 +217,10 @@ def _split_budget(state: SchedulerState, order: jax.Array, config: EngineConfig)
     requests, slots, lengths = state.requests, state.slots, state.table.lengths
     known, prompt = of_slots(own_pace(requests), slots), of_slots(requests.prompt_lens, slots)
     tokens = wanted(known, lengths, prompt, config)
-    tokens = jnp.where(followers(slots, requests.groups, lengths), 0, tokens)
+    # Who could share nothing of a prompt that is there computes it too: see `prefix_cache.share`.
+    first = jnp.minimum(leaders(slots, requests.groups), config.num_slots - 1)
+    waits = followers(slots, requests.groups, lengths) & (lengths[first] < prompt)
+    tokens = jnp.where(waits, 0, tokens)
     is_beam = of_slots(requests.beams.widths, slots) > 0
     searches = config.max_beams > 1
     if searches:
