@@ -59,10 +59,13 @@ class Setup:
     ) -> EngineConfig:
         """An engine with this memory; a step computes up to 2,560 tokens, vLLM's limit then.
 
+        Max has no more slots than it can fill, and eight: more would only take time to simulate.
         Where pages go to the host, as many find room there as in the pool, as in the paper
         (section 4.5).
         """
         num_pages = self.kv_tokens // page_size
+        if allocator == "max":
+            num_slots = min(num_slots, max(self.kv_tokens // MAX_TOKENS, 8))
         return EngineConfig(
             num_slots=num_slots,
             num_pages=num_pages,

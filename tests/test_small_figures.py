@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,10 +24,13 @@ from experiments import (
     fig18_ablation,
     paper_setups,
 )
-from experiments.paper_setups import SETUPS, Setup
+from experiments.paper_setups import MAX_TOKENS, SETUPS, Setup
 from experiments.plots import LABELS
 from jaxpage.config import ConfigError, EngineConfig
-from jaxpage.sim import runs
+from jaxpage.paging.allocator import ALLOCATORS
+from jaxpage.scheduling.policies import POLICIES
+from jaxpage.sim import arrivals, runs
+from jaxpage.sim import lengths as length_sets
 from jaxpage.sim.lengths import Lengths
 from jaxpage.sim.metrics import Timeline
 from jaxpage.sim.shapes import SHAPES
@@ -87,6 +91,26 @@ def test_batch_memory_and_speed_are_of_the_second_half_until_the_last_arrival(mo
     assert slow["memory_bytes"] == setup.shape.num_params * 2 + kv_bytes
     np.testing.assert_allclose(seen[0], 4 * np.array(seen[1]))  # the same users, faster
     assert fast["rate"] == 4.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_samples", [1, 6])
+def test_max_does_the_same_with_as_many_slots_as_it_can_fill(num_samples):
+    rng, setup = np.random.default_rng(0), SETUPS["opt-13b"]
+    drawn = length_sets.within(length_sets.drawn(rng, 96 // num_samples, 160, 340), MAX_TOKENS)
+    times_s = arrivals.poisson(rng, len(drawn.prompts), 5.0)
+    requests = length_sets.requests_of(drawn, times_s, num_samples=num_samples)
+    few, config = setup.run("max", requests)
+    assert config.num_slots == 8
+    more = replace(config, num_slots=64, num_requests=128)
+    many = runs.run(requests, setup.cost(), more, ALLOCATORS["max"], POLICIES["fcfs"])
+    for name, times in vars(few.timeline).items():
+        np.testing.assert_array_equal(times, vars(many.timeline)[name])
+    for name, column in few.steps.items():
+        if name == "num_waiting":  # of those who have rows
+            np.testing.assert_array_equal(column > 0, many.steps[name] > 0)
+        else:
+            np.testing.assert_array_equal(column, many.steps[name])
 
 
 @pytest.mark.slow
