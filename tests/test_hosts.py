@@ -17,19 +17,28 @@ import pytest
 from tiny_checkpoints import CONFIG, hf_tensors, write_hf
 
 ROOT = Path(__file__).parent.parent
-COMMAND = (
+GENERATE = (
     "-m experiments.generate --num_slots=4 --page_size=4 --num_pages=96 --ignore_eos --logprobs "
-    "--temperature=0.8 --noprefix_cache"
+    "--temperature=0.8 --noprefix_cache --model={folder}/model --prompts={folder}/prompts.jsonl "
+    "--out={folder}/{out}"
+)
+BENCH = (
+    "-m experiments.bench_engine --num_slots=4 --page_size=4 --model={folder}/model "
+    "--workload={folder}/prompts.jsonl"
 )
 MODEL = replace(CONFIG, num_heads=8)  # and two KV heads, which up to eight devices share
 DEAD_AFTER_S = 10
 
 
 def start(
-    tmp_path: Path, out: str, *more: str, num_devices: int, number: int = 0
+    tmp_path: Path,
+    out: str,
+    *more: str,
+    num_devices: int,
+    number: int = 0,
+    command: str = GENERATE,
 ) -> subprocess.Popen:
-    command = [sys.executable, *COMMAND.split(), f"--out={tmp_path / out}", *more]
-    command += [f"--prompts={tmp_path}/prompts.jsonl", f"--model={tmp_path}/model"]
+    words = [sys.executable, *command.format(folder=tmp_path, out=out).split(), *more]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment |= {
         "JAX_NUM_CPU_DEVICES": str(num_devices),
@@ -38,11 +47,16 @@ def start(
     }
     paths = (tmp_path / f"{out}.{number}.{kind}" for kind in ("out", "err"))
     with next(paths).open("w") as stdout, next(paths).open("w") as stderr:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stdout, stderr=stderr)
+        return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=stdout, stderr=stderr)
 
 
 def start_all(
-    tmp_path: Path, out: str, *more: str, num_processes: int, last: tuple[str, ...] = ()
+    tmp_path: Path,
+    out: str,
+    *more: str,
+    num_processes: int,
+    last: tuple[str, ...] = (),
+    command: str = GENERATE,
 ) -> list[subprocess.Popen]:
     """All of them, with flags that the `last` one has alone."""
     with socket.socket() as free:
@@ -52,7 +66,7 @@ def start_all(
     return [
         start(
             tmp_path, out, *them, f"--process_id={i}", f"--dead_after_s={DEAD_AFTER_S}", *more,
-            *(last if i == num_processes - 1 else ()), num_devices=2, number=i,
+            *(last if i == num_processes - 1 else ()), num_devices=2, number=i, command=command,
         )
         for i in range(num_processes)
     ]  # fmt: skip
@@ -91,6 +105,15 @@ def test_several_processes_print_what_one_prints(tmp_path, num_processes, mesh):
     assert (found["errors"], found["steps"]) == (0, expected["steps"])
     # To the bit, log probabilities too.
     assert (tmp_path / "all.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_nothing_compiles_while_several_processes_serve(tmp_path):
+    write_inputs(tmp_path, max_new_tokens=12)
+    end(tmp_path, "one.jsonl", start(tmp_path, "one.jsonl", num_devices=1))  # converts the model
+    flags = ("--mesh=data:2,model:2",)
+    them = start_all(tmp_path, "bench", *flags, num_processes=2, command=BENCH)
+    assert end(tmp_path, "bench", *them)["recompiles"] == 0
 
 
 def fails(tmp_path: Path, process: subprocess.Popen, number: int, within_s: float) -> str:
