@@ -17,7 +17,8 @@ to keep their KV:
 The pool has room for as many conversations as are open on average over the day if all are answered
 at once, so what is reserved fits in the morning and not at noon. Latency counts from the moment a
 user asks, door included; it is divided by the tokens of the answer, and the mean is taken, as in
-the paper. FILE gets a row an hour and regime. About eight minutes on two cores.
+the paper. FILE gets a row an hour and regime. About eight minutes on two cores; a slow machine
+needs a longer --hour_s (30: seventeen minutes), or its processor is what is short at noon.
 Expected: under `none` the latency of the worst hour is more than twice that of 8 h, and under
 `pages` it is not. Refuted if not. The median need not follow: under `none` who is in is answered
 at once, and who is at the door waits for hours. With two cores the processor is busiest at noon
