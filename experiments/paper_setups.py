@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,10 @@ class Setup:
     ) -> EngineConfig:
         """An engine with this memory; a step computes up to 2,560 tokens, vLLM's limit then.
 
-        Max has no more slots than it can fill, and eight: more would only take time to simulate.
         Where pages go to the host, as many find room there as in the pool, as in the paper
         (section 4.5).
         """
         num_pages = self.kv_tokens // page_size
-        if allocator == "max":
-            num_slots = min(num_slots, max(self.kv_tokens // MAX_TOKENS, 8))
         return EngineConfig(
             num_slots=num_slots,
             num_pages=num_pages,
@@ -110,8 +107,15 @@ class Setup:
         until_s: float = np.inf,
         **engine: Any,
     ) -> tuple[Run, EngineConfig]:
-        """Simulates them, first come, first served; `engine` is what `config` takes."""
+        """Simulates them, first come, first served; `engine` is what `config` takes.
+
+        Max gets no more slots than it can fill: more would only take time to simulate.
+        """
         config = self.config(allocator, **engine)
+        if allocator == "max":
+            widest = max(request.num_samples for request in requests)
+            most = max(self.kv_tokens // MAX_TOKENS, widest)
+            config = replace(config, num_slots=min(config.num_slots, most))
         cost = self.cost(overhead_s, config.page_size, efficiencies, copied_share)
         memory = ALLOCATORS[allocator]
         run = runs.run(requests, cost, config, memory, POLICIES["fcfs"], until_s=until_s)

@@ -44,8 +44,8 @@ class Sites:
         squares = jnp.einsum(equation, x * x, y * y)
         mean = value / n
         variance = squares / n - mean * mean
-        partial = n * (n + 1) / 6 * (variance + (2 * n + 1) * mean * mean)
-        return self(name, value, U * jnp.sqrt((partial + squares) / 3))
+        partial_sums = n * (n + 1) / 6 * (variance + (2 * n + 1) * mean * mean)
+        return self(name, value, U * jnp.sqrt((partial_sums + squares) / 3))
 
 
 @partial(jax.jit, static_argnames=("model",))
