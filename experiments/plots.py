@@ -316,8 +316,8 @@ def _draw_map(axes: Axes, run: Run, last_s: float) -> None:
     axes.set_ylim(0, owners.shape[1])
     summary = run.summary
     axes.set_title(
-        f"{run.label}: while others wait for memory, {summary['mean_batched_requests']:.1f} "
-        f"requests run and {run.shares[0]:.0f} % of the memory holds tokens"
+        f"{run.label}: {summary['mean_batched_requests']:.1f} requests run and "
+        f"{run.shares[0]:.0f} % of memory holds tokens\nwhile others wait for memory"
     )
 
 
