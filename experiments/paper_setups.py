@@ -109,13 +109,14 @@ class Setup:
     ) -> tuple[Run, EngineConfig]:
         """Simulates them, first come, first served; `engine` is what `config` takes.
 
-        Max gets no more slots than it can fill: more would only take time to simulate.
+        Max gets one slot more than it can fill: others would only take time to simulate, and
+        without that one no step would count as short of memory (`metrics.steps_short_of_memory`).
         """
         config = self.config(allocator, **engine)
         if allocator == "max":
             widest = max(request.num_samples for request in requests)
-            most = max(self.kv_tokens // MAX_TOKENS, widest)
-            config = replace(config, num_slots=min(config.num_slots, most))
+            enough = max(self.kv_tokens // MAX_TOKENS, widest) + 1
+            config = replace(config, num_slots=min(config.num_slots, enough))
         cost = self.cost(overhead_s, config.page_size, efficiencies, copied_share)
         memory = ALLOCATORS[allocator]
         run = runs.run(requests, cost, config, memory, POLICIES["fcfs"], until_s=until_s)

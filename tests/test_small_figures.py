@@ -29,7 +29,7 @@ from experiments.plots import LABELS
 from jaxpage.config import ConfigError, EngineConfig
 from jaxpage.paging.allocator import ALLOCATORS
 from jaxpage.scheduling.policies import POLICIES
-from jaxpage.sim import arrivals, runs
+from jaxpage.sim import arrivals, metrics, runs
 from jaxpage.sim import lengths as length_sets
 from jaxpage.sim.lengths import Lengths
 from jaxpage.sim.metrics import Timeline
@@ -95,19 +95,22 @@ def test_batch_memory_and_speed_are_of_the_second_half_until_the_last_arrival(mo
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_samples", "static_batches"), [(1, False), (1, True), (12, False)])
-def test_max_does_the_same_with_as_many_slots_as_it_can_fill(num_samples, static_batches):
+def test_max_does_the_same_with_one_slot_more_than_it_can_fill(num_samples, static_batches):
     rng, setup = np.random.default_rng(0), SETUPS["opt-13b"]
     drawn = length_sets.within(length_sets.drawn(rng, 96 // num_samples, 160, 340), MAX_TOKENS)
     times_s = arrivals.poisson(rng, len(drawn.prompts), 5.0)
     requests = length_sets.requests_of(drawn, times_s, num_samples=num_samples)
     few, config = setup.run("max", requests, num_slots=64, static_batches=static_batches)
-    assert config.num_slots == max(7, num_samples)
+    assert config.num_slots == max(7, num_samples) + 1
     more = replace(config, num_slots=64)
     many = runs.run(requests, setup.cost(), more, ALLOCATORS["max"], POLICIES["fcfs"])
     for name, times in vars(few.timeline).items():
         np.testing.assert_array_equal(times, vars(many.timeline)[name])
     for name, column in few.steps.items():
         np.testing.assert_array_equal(column, many.steps[name])
+    short = metrics.steps_short_of_memory(few.steps, config)
+    assert short.any()
+    np.testing.assert_array_equal(short, metrics.steps_short_of_memory(many.steps, more))
 
 
 @pytest.mark.slow
