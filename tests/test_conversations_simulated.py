@@ -178,7 +178,7 @@ FIRST = jax.jit(lambda queue: (priority_queue.first(queue), priority_queue.first
     )
 )
 def test_the_lowest_of_a_priority_queue_is_that_of_a_heap(changes):
-    queue, known = priority_queue.create(1201), {}  # three levels
+    queue, known = priority_queue.create(1201), {}  # four levels
     for item, key in changes:
         known[item] = key
         pair = (priority_queue.NEVER,) * 2 if key is None else key

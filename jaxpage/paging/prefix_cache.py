@@ -361,8 +361,12 @@ def _broken(queue: PriorityQueue, leaves: jax.Array) -> jax.Array:
     queued = queue.keys[0, :, :num_pages] < priority_queue.NEVER
     broken = _count(queued != leaves)
     for below, level in itertools.pairwise(queue.levels):
-        of_blocks = level.reshape(2, num_tiers, -1)[..., : below.shape[2]]
-        broken += _count(of_blocks != priority_queue.lowest(below))
+        of_blocks = level.reshape(3, num_tiers, -1)[..., : below.shape[2]]
+        block = jnp.arange(below.shape[2], dtype=jnp.int32)
+        lowest = priority_queue.lowest(below, jnp.broadcast_to(block, below.shape[1:3]))
+        is_empty = lowest[0] == priority_queue.NEVER  # and its item means nothing
+        broken += _count((of_blocks != lowest) & ~is_empty)
+        broken += _count((of_blocks[0] != priority_queue.NEVER) & is_empty)
     return broken
 
 

@@ -1,25 +1,29 @@
 """Priority queues over items that are numbered: the lowest is always known, and any may leave.
 
 A key is two integers, compared as a pair. Keys stand in blocks of `WIDTH`, the lowest of each block
-in blocks again, and so on up to a single one: a tree of few levels, in which each look and each
-change touches one block a level. A heap, a tree of twos, would be a loop of scalars.
+with its item in blocks again, and so on up to a single one: a tree of few levels. A look touches
+that one, a change one block a level. A heap, a tree of twos, would be a loop of scalars.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 
 from jaxpage.paging.in_place import first_read
 
 NEVER = int(jnp.iinfo(jnp.int32).max)  # the first of a key that is not in the queue
-WIDTH = 32
+WIDTH = 16
+
+Entry = tuple[jax.Array, ...]  # rank and tie of a key, and its item
 
 
 class PriorityQueue(struct.PyTreeNode):
     """`Q` queues over the same items."""
 
-    # i32[2, Q, blocks, WIDTH] each: the keys, NEVER where an item is not queued; the lowest of each
-    # block of keys; the lowest of each block of those; and so on to a single block.
+    # i32[2, Q, blocks, WIDTH], the keys, NEVER where an item is not queued; then, each an
+    # i32[3, Q, blocks, WIDTH], the lowest key of each block with its item; the lowest of each block
+    # of those; and so on to a single block.
     levels: tuple[jax.Array, ...]
 
     @property
@@ -34,7 +38,10 @@ def create(num_items: int, num_queues: int = 1) -> PriorityQueue:
     while blocks[-1] > 1:
         blocks.append(-(-blocks[-1] // WIDTH))
     return PriorityQueue(
-        tuple(jnp.full((2, num_queues, count, WIDTH), NEVER, jnp.int32) for count in blocks)
+        tuple(
+            jnp.full((3 if level else 2, num_queues, count, WIDTH), NEVER, jnp.int32)
+            for level, count in enumerate(blocks)
+        )
     )
 
 
@@ -42,14 +49,14 @@ def put(
     queue: PriorityQueue, which: jax.Array | int, item: jax.Array, key: jax.Array
 ) -> PriorityQueue:
     """Gives `item: i32[]` of a queue a `key: i32[2]`. Item `NEVER` is none: nothing changes."""
-    levels = []
+    levels, entry, number = [], key, item
     for level in queue.levels:
-        block, place = item // WIDTH, item % WIDTH
-        level = level.at[:, which, block, place].set(key, mode="drop")
-        key = lowest(level.at[:, which, block].get(mode="fill", fill_value=NEVER))
-        key, level = first_read(key, level)
+        block, place = number // WIDTH, number % WIDTH
+        level = level.at[:, which, block, place].set(entry, mode="drop")
+        entry = lowest(level.at[:, which, block].get(mode="fill", fill_value=NEVER), block)
+        entry, level = first_read(entry, level)
         levels.append(level)
-        item = block
+        number = block
     return PriorityQueue(tuple(levels))
 
 
@@ -67,25 +74,30 @@ def is_queued(queue: PriorityQueue, which: int, item: jax.Array) -> jax.Array:
 
 def first(queue: PriorityQueue, which: int = 0) -> jax.Array:
     """The item of a queue with the lowest key, `i32[]`; meaningless if none is queued there."""
-    item = jnp.asarray(0, jnp.int32)
-    for level in reversed(queue.levels):
-        item = item * WIDTH + _argmin(level[:, which, item])
-    return item
+    return lowest(queue.levels[-1][:, which, 0], jnp.asarray(0, jnp.int32))[2]
 
 
 def first_key(queue: PriorityQueue, which: int = 0) -> jax.Array:
     """The lowest key of a queue, `i32[2]`; begins with `NEVER` if none is queued there."""
-    return lowest(queue.levels[-1][:, which, 0])
+    return lowest(queue.levels[-1][:, which, 0], jnp.asarray(0, jnp.int32))[:2]
 
 
-def lowest(keys: jax.Array) -> jax.Array:
-    """The lowest of each block of `keys: i32[2, ..., WIDTH]`, `i32[2, ...]`."""
-    ranks, ties = keys
-    rank = jnp.min(ranks, axis=-1)
-    tie = jnp.min(jnp.where(ranks == rank[..., None], ties, NEVER), axis=-1)
-    return jnp.stack([rank, tie])
+def lowest(level: jax.Array, block: jax.Array) -> jax.Array:
+    """The lowest key of each block of a level, and of its items the lowest, `i32[3, ...]`.
+
+    `level: i32[2 or 3, ..., WIDTH]` are the entries of the blocks numbered `block: i32[...]`.
+    """
+    ranks, ties, *items = level
+    if not items:  # of the keys themselves
+        items = [block[..., None] * WIDTH + jnp.arange(WIDTH, dtype=jnp.int32)]
+    entries = ranks, ties, jnp.broadcast_to(items[0], ranks.shape)
+    never = (jnp.asarray(NEVER, jnp.int32),) * 3
+    return jnp.stack(lax.reduce(entries, never, _lower, (ranks.ndim - 1,)))
 
 
-def _argmin(keys: jax.Array) -> jax.Array:
-    is_lowest = jnp.all(keys == lowest(keys)[:, None], axis=0)
-    return jnp.argmax(is_lowest).astype(jnp.int32)
+def _lower(one: Entry, other: Entry) -> Entry:
+    """The lower of two entries, compared number by number: one pass in place of one for each."""
+    (rank, tie, item), (other_rank, other_tie, other_item) = one, other
+    is_lower = (tie < other_tie) | ((tie == other_tie) & (item < other_item))
+    is_lower = (rank < other_rank) | ((rank == other_rank) & is_lower)
+    return tuple(jnp.where(is_lower, x, y) for x, y in zip(one, other, strict=True))

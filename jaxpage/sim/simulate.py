@@ -21,6 +21,7 @@ from jaxpage.scheduling import state as scheduler_state
 from jaxpage.scheduling.accounting import record_step
 from jaxpage.scheduling.batch import of_slots
 from jaxpage.scheduling.beams import num_candidates
+from jaxpage.scheduling.one_thread import ON_ONE_THREAD
 from jaxpage.scheduling.policies import PolicyFn
 from jaxpage.scheduling.state import (
     DONE,
@@ -101,6 +102,7 @@ def create(trace: Trace, config: EngineConfig, allocator: Allocator) -> Simulati
     jax.jit,
     static_argnames=("config", "allocator", "policy", "singly"),
     donate_argnames=("simulation",),
+    compiler_options=ON_ONE_THREAD,
 )
 def simulate_steps(
     simulation: Simulation,
