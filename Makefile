@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml Makefile
 demo: setup ## Serve 64 real prompts under four allocators; tables and pictures in results/demo
 	$(BIN)/python -m experiments.demo --out=results/demo
 
-figures: setup ## Run every simulated figure and claim; report/index.html (over an hour; ARGS=--quick)
+figures: setup ## Run every simulated figure and claim; report/index.html (a quarter of an hour to one; ARGS=--quick)
 	$(BIN)/python -m experiments.figures --turns='$(TURNS)' --alpaca='$(ALPACA)' $(ARGS)
 
 $(INSPECT_STAMP): pyproject.toml Makefile

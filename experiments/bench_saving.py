@@ -38,7 +38,7 @@ def define_flags() -> None:
     common.define_model_flags()
     common.define_engine_flags(num_slots=demo.NUM_SLOTS)
     flags.DEFINE_integer("kv_bytes", demo.KV_BYTES, "How many bytes keys and values may take.")
-    flags.DEFINE_integer("requests", 64, "How many prompts to serve.", lower_bound=1)
+    flags.DEFINE_integer("requests", 128, "How many prompts to serve.", lower_bound=1)
     flags.DEFINE_float("interval_s", 30.0, "Seconds between two saves.", lower_bound=0.1)
     flags.DEFINE_integer("turns", 3, "How often each engine is timed.", lower_bound=1)
     flags.DEFINE_string("resume_dir", None, "Only go on with the save in this folder.")

@@ -5,9 +5,8 @@
 One JSON row a size: microseconds a step of `plan_step` + `commit_step`, in the compiled loop, while
 sequences arrive, run and end under a fake executor. A call of the loop has a price of its own,
 whatever it runs: a call of no steps before each chunk tells it, as `call_us`, and it is not in
-`step_us`.
-About two minutes. Expected: growth about linear in slots, none with the pool ten times larger; a
-tenth of a millisecond at 256 slots.
+`step_us`. Half a minute to two. Expected: growth about linear in slots, none with the pool ten
+times larger; less than a tenth of a millisecond at 256 slots.
 It would be refuted by a step that scans the pool. With --beside_bare --eviction=lru
 --preemption=fine --max_beams=4, so with all features on, the ratio should be at most 2.
 """

@@ -14,10 +14,10 @@ nothing that a row whose beam dies takes over another's KV ("no copies"), and wi
 that KV, as many as pages see: their rows that change hands copy one page each, but where the last
 page is full, one time in 16.
 
-DIR gets `fig14.jsonl`, a row a simulation, and `fig14.png`. An hour on two cores, with --systems=
-paged,oracle half of that; --quick is a minute. Expected by the paper's text: over Oracle 1.3 with
-basic sampling and 2.3 with 6 beams. Refuted if the gain does not grow with samples and beams. Pages
-saved stand beside those of its Fig 15.
+DIR gets `fig14.jsonl`, a row a simulation, and `fig14.png`. Two to four minutes on two cores;
+--quick is less than one. Expected by the paper's text: over Oracle 1.3 with basic sampling and 2.3
+with 6 beams. Refuted if the gain does not grow with samples and beams. Pages saved stand beside
+those of its Fig 15.
 """
 
 from collections.abc import Mapping

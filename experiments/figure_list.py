@@ -88,7 +88,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         "Several samples, or beams, a request",
         "What rate is sustained with several samples or beams of a prompt, which pages share.",
         "Curves of normalized latency by requests a second, a panel for 2, 4 and 6 sequences.",
-        60,
+        3,
         takes=(*LENGTHS, "quick"),
     ),
     Experiment(
@@ -165,6 +165,16 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         1,
         takes=(*LENGTHS, "quick"),
         out="file",
+    ),
+    Experiment(
+        "knee",
+        "Beyond the paper",
+        "Where latency turns up",
+        "Time to the first token and latency by output token of OPT-13B on one A100-80GB with "
+        "66,144 tokens of KV, by request rate.",
+        "Two curves over requests a second, flat up to the knee and steep behind it.",
+        1,
+        takes=("turns", "quick"),
     ),
     Experiment(
         "claim_when",

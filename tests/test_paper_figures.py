@@ -199,6 +199,20 @@ def test_advise_says_what_it_needs():
     assert_fails_with(done, "--prompt_len and --output_len", "--workload")
 
 
+def test_knee_in_short(tmp_path):
+    flags = ("--quick", "--turns=drawn", f"--out={tmp_path}")
+    done = run_script("knee", "--rates=8,1", *flags)
+    assert done.returncode == 0, done.stderr
+    light, heavy = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert (light["rate"], heavy["rate"]) == (1, 8)
+    for latency in ("ttft_p50_s", "normalized_latency_mean_s", "batched"):
+        assert 0 < light[latency] < heavy[latency] / 2
+    assert len((tmp_path / "knee.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "knee.png").stat().st_size > 10_000
+    for wrong in ("0,1", "fast", "1,inf", ""):
+        assert_fails_with(run_script("knee", f"--rates={wrong}", *flags), f"--rates={wrong}: ")
+
+
 @pytest.mark.slow
 def test_fig18_in_short(tmp_path):
     done = run_script("fig18_ablation", "--quick", "--turns=drawn", f"--out={tmp_path}")

@@ -22,6 +22,7 @@ from experiments import (
     fig13_batched_requests,
     fig15_sharing_savings,
     fig18_ablation,
+    knee,
     paper_setups,
 )
 from experiments.paper_setups import MAX_TOKENS, SETUPS, Setup
@@ -248,6 +249,12 @@ LASTS = [
         {name: {"16": 0.05, "8": 0.06, "256": 0.1} for name in ("sharegpt", "alpaca")},
         ("sharegpt: page size of the least latency", (16.0, 128.0), 16),
         4,
+    ),
+    (
+        knee,
+        {"rows": [{"rate": 1.0, "ttft_p50_s": 0.03, "normalized_latency_mean_s": 0.02}]},
+        ("at 1 requests/s: latency by output token", None, 0.02),
+        2,
     ),
     (
         fig15_sharing_savings,
