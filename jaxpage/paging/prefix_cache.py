@@ -364,8 +364,9 @@ def _broken(queue: PriorityQueue, leaves: jax.Array) -> jax.Array:
         of_blocks = level.reshape(3, num_tiers, -1)[..., : below.shape[2]]
         block = jnp.arange(below.shape[2], dtype=jnp.int32)
         lowest = priority_queue.lowest(below, jnp.broadcast_to(block, below.shape[1:3]))
-        is_empty = lowest[0] == priority_queue.NEVER  # and its item means nothing
-        broken += _count((of_blocks != lowest) & ~is_empty)
+        is_same = jnp.all(of_blocks == lowest, axis=0)
+        is_empty = lowest[0] == priority_queue.NEVER  # then its item means nothing
+        broken += _count(~is_same & ~is_empty)
         broken += _count((of_blocks[0] != priority_queue.NEVER) & is_empty)
     return broken
 

@@ -89,8 +89,9 @@ def lowest(level: jax.Array, block: jax.Array) -> jax.Array:
     """
     ranks, ties, *items = level
     if not items:  # of the keys themselves
-        items = [block[..., None] * WIDTH + jnp.arange(WIDTH, dtype=jnp.int32)]
-    entries = ranks, ties, jnp.broadcast_to(items[0], ranks.shape)
+        places = lax.broadcasted_iota(jnp.int32, ranks.shape, ranks.ndim - 1)
+        items = [block[..., None] * WIDTH + places]
+    entries = ranks, ties, items[0]
     never = (jnp.asarray(NEVER, jnp.int32),) * 3
     return jnp.stack(lax.reduce(entries, never, _lower, (ranks.ndim - 1,)))
 
