@@ -187,6 +187,7 @@ def test_the_lowest_of_a_priority_queue_is_that_of_a_heap(changes):
         heapq.heapify(heap)
         first, first_key = FIRST(queue)
         if heap:
-            assert tuple(first_key.tolist()) == known[int(first)] == heap[0]
+            assert tuple(first_key.tolist()) == heap[0]
+            assert int(first) == min(item for item, key in known.items() if key == heap[0])
         else:
             assert int(first_key[0]) == priority_queue.NEVER

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from prefix_cache_oracle import WHOLE, PrefixCacheOracle
 
-from jaxpage.paging import prefix_cache, prefix_index, status
+from jaxpage.paging import prefix_cache, prefix_index, priority_queue, status
 from jaxpage.paging.eviction import EVICTION_POLICIES, Usage
 
 # slots, pages a slot, pages, page size
@@ -302,3 +302,19 @@ def test_part_of_a_full_page_is_not_shared_since_its_last_owner_would_write_to_i
     cached.check_bytes()
     assert cached.admit(2, [*tokens, 7], 0, soon=7, owed=0).num_tokens == 6
     cached.check_bytes()  # nothing has been written over them
+
+
+def test_an_upper_level_of_the_queue_that_is_wrong_is_counted():
+    cache = prefix_cache.create(1, 8, num_pages=300, page_size=4)  # three levels
+    assert prefix_cache.violations(cache).tolist() == SOUND
+    for level in (1, 2):
+        levels = list(cache.queue.levels)
+        levels[level] = levels[level].at[0, 0, 0, 0].set(3)  # an item that no block has
+        broken = cache.replace(queue=cache.queue.replace(levels=tuple(levels)))
+        assert sum(prefix_cache.violations(broken).tolist()) > 0
+    for part in range(3):
+        queue = priority_queue.put(cache.queue, 0, jnp.int32(17), jnp.array([5, 1], jnp.int32))
+        wrong = queue.levels[1].at[part, 0, 0, 1].add(1)
+        wrong = queue.replace(levels=(queue.levels[0], wrong, *queue.levels[2:]))
+        right, wrong = (prefix_cache.violations(cache.replace(queue=q)) for q in (queue, wrong))
+        assert int(jnp.sum(wrong)) > int(jnp.sum(right)) == 1  # nothing is cached, so none is due
