@@ -12,7 +12,7 @@ from test_sharding import engine_on
 from tiny_engine import CONFIG, PROMPTS, TINY, build, outputs, params_of, setup_of
 
 from jaxpage.config import ConfigError
-from jaxpage.engine.request import Request
+from jaxpage.engine.request import Request, Result
 from jaxpage.engine.run import Run
 from jaxpage.engine.snapshots import SnapshotConfig
 
@@ -232,6 +232,19 @@ def test_without_a_saved_run_resume_begins_one(tmp_path, uninterrupted):
 def test_intervals_that_make_no_sense_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         SnapshotConfig("anywhere", **change)
+
+
+def test_what_is_being_written_stays_as_it_was_while_the_run_goes_on():
+    run = Run.of(1, 2)
+    for request in (Request("one", (1, 2), 3, n=2), Request("later", (3,), 1)):
+        run.receive(request, None)
+    rows = run.seat(run.waiting.popleft())
+    known = run.to_json(np.full(2, -1))
+    before = json.dumps(known)
+    for row in rows:
+        run.end(row, 0, Result(run.active[row][0], output_ids=[1]))
+    run.seat(run.waiting.popleft())
+    assert json.dumps(known) == before
 
 
 def test_what_the_host_knows_is_the_same_after_json(uninterrupted):

@@ -175,7 +175,7 @@ class Run:
         return float("nan") if step == -1 else self.step_times_s[replica][step]
 
     def to_json(self, first_steps: np.ndarray) -> dict[str, Any]:
-        """All of it but what `Journal.to_arrays` has.
+        """All of it but what `Journal.to_arrays` has; what comes after does not change it.
 
         Of the times of steps only those of `first_steps`, by row: what ends later has a later step.
         """
@@ -189,7 +189,7 @@ class Run:
             "requests": [asdict(result.request) for result in self.results.values()],
             "results": [_result_out(result) for result in self.results.values()],
             "waiting": [request.id for request in self.waiting],
-            "seats": self.seats,
+            "seats": {name: list(rows) for name, rows in self.seats.items()},
             "active": [[row, request.id, sample] for row, (request, sample) in self.active.items()],
             "done": {
                 name: [[sample, _result_out(result)] for sample, result in done]
