@@ -239,6 +239,7 @@ def test_what_is_being_written_stays_as_it_was_while_the_run_goes_on():
     for request in (Request("one", (1, 2), 3, n=2), Request("later", (3,), 1)):
         run.receive(request, None)
     rows = run.seat(run.waiting.popleft())
+    assert rows is not None
     known = run.to_json(np.full(2, -1))
     before = json.dumps(known)
     for row in rows:
