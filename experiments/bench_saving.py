@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import common, demo, serve
+from experiments import common, demo_load, serve
 from jaxpage.config import require
 from jaxpage.engine.host import Engine
 from jaxpage.engine.request import Request
@@ -36,14 +36,14 @@ STEPS_A_LOOK = 8
 
 def define_flags() -> None:
     common.define_model_flags()
-    common.define_engine_flags(num_slots=demo.NUM_SLOTS)
-    flags.DEFINE_integer("kv_bytes", demo.KV_BYTES, "How many bytes keys and values may take.")
+    common.define_engine_flags(num_slots=demo_load.NUM_SLOTS)
+    flags.DEFINE_integer("kv_bytes", demo_load.KV_BYTES, "How many bytes keys and values may take.")
     flags.DEFINE_integer("requests", 128, "How many prompts to serve.", lower_bound=1)
     flags.DEFINE_float("interval_s", 30.0, "Seconds between two saves.", lower_bound=0.1)
     flags.DEFINE_integer("turns", 3, "How often each engine is timed.", lower_bound=1)
     flags.DEFINE_string("resume_dir", None, "Only go on with the save in this folder.")
     flags.adopt_module_key_flags(common)
-    FLAGS.set_default("page_size", demo.PAGE_SIZE)
+    FLAGS.set_default("page_size", demo_load.PAGE_SIZE)
 
 
 def main(_: list[str]) -> None:

@@ -165,7 +165,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 def keep_compilations() -> None:
     """Lets XLA's compiled programs survive the process, beside the converted checkpoints."""
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def build_engine(model: LoadedModel, config: EngineConfig, allocator: str = "paged") -> Engine:

@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import claims, common, plots, serve
+from experiments import claims, common, demo_load, plots, serve
 from jaxpage.checkpoint.load import LoadedModel
 from jaxpage.checkpoint.tokenizer import StreamDecoder, Tokenizer
 from jaxpage.config import ConfigError, EngineConfig
@@ -32,17 +32,6 @@ from jaxpage.sim.workloads import WorkItem
 FLAGS = flags.FLAGS
 
 ALLOCATORS = ("paged", "oracle", "pow2", "max")
-
-# A request has at most 768 tokens, which is 64 pages of 12: a power of two, so that the buddy
-# allocator rounds nothing up when Max reserves them. (Of 16 tokens it is 48 pages; a run
-# would be 64, and Max would lose a quarter of its memory to our choice of page size.)
-PAGE_SIZE = 12
-# Max holds 16 requests. In the paper's Fig 2 it holds 7 of 2,048 tokens in 15,728; to scale that
-# would be 5,898 tokens of ours. Twice that, so that four runs take minutes.
-# SmolLM2-135M has 46,080 bytes a token in float32 (2 x 30 layers x 3 KV heads x 64 x 4 bytes). In
-# bfloat16 two next tokens tie now and then, and how a step is cut decides between them.
-KV_BYTES = 16 * 768 * 46_080
-NUM_SLOTS = 48
 
 QUESTIONS = (
     "What is a page table, in one sentence?",
@@ -72,12 +61,12 @@ means over the steps in which requests wait for memory. s/token: mean of latency
 
 def define_flags() -> None:
     common.define_model_flags()
-    common.define_engine_flags(num_slots=NUM_SLOTS, prefix_cache=False)
+    common.define_engine_flags(num_slots=demo_load.NUM_SLOTS, prefix_cache=False)
     serve.define_serving_flags()
     for module in (common, serve):
         flags.adopt_module_key_flags(module)  # so that --help shows them
-    FLAGS.set_default("page_size", PAGE_SIZE)
-    FLAGS.set_default("kv_bytes", KV_BYTES)
+    FLAGS.set_default("page_size", demo_load.PAGE_SIZE)
+    FLAGS.set_default("kv_bytes", demo_load.KV_BYTES)
 
 
 def main(_: list[str]) -> None:

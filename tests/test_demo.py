@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from experiments import claims, demo
+from experiments import claims, demo, demo_load
 from jaxpage.engine.request import Result
 from jaxpage.engine.sizing import engine_config
 from jaxpage.model.presets import PRESETS
@@ -108,12 +108,12 @@ def test_claims_without_any_run_still_print():
 
 def test_the_default_budget_holds_16_requests_under_max_and_rounds_nothing_up():
     config = engine_config(
-        PRESETS["smollm2-135m"], max_seq_len=768, num_slots=demo.NUM_SLOTS, num_requests=64,
-        page_size=demo.PAGE_SIZE, kv_dtype="float32", kv_bytes=demo.KV_BYTES,
+        PRESETS["smollm2-135m"], max_seq_len=768, num_slots=demo_load.NUM_SLOTS, num_requests=64,
+        page_size=demo_load.PAGE_SIZE, kv_dtype="float32", kv_bytes=demo_load.KV_BYTES,
     )  # fmt: skip
     assert config.pages_per_slot == 64  # a power of two: the buddies round nothing up
     assert config.num_pages == 1024
-    text = demo.budget_text(config, demo.KV_BYTES)
+    text = demo.budget_text(config, demo_load.KV_BYTES)
     assert "1024 pages of 12 tokens" in text and "16 requests of 768 tokens" in text
     assert "rounded up" not in text
 

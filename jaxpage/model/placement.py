@@ -1,5 +1,6 @@
 """Parameters in the form in which this machine computes fastest; the values stay the same."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -50,6 +51,11 @@ def serving_params(params: Params, dtype: DTypeLike) -> Params:
     def ready(leaf: jax.Array) -> jax.Array:
         return jax.block_until_ready(leaf.astype(target))
 
+    def apart(leaf: jax.Array, axes: tuple[int, ...]) -> Iterator[jax.Array]:
+        # By NumPy: XLA would compile a program for each shape, which takes longer than the copies.
+        for matrix in np.asarray(leaf):
+            yield jax.device_put(np.ascontiguousarray(matrix.transpose(axes)), leaf.sharding)
+
     is_transposed = target == np.float32
 
     def placed(name: str, leaf: jax.Array) -> jax.Array | LayersApart:
@@ -58,7 +64,7 @@ def serving_params(params: Params, dtype: DTypeLike) -> Params:
         axes = tuple(range(leaf.ndim - 1))
         if is_transposed:
             axes = axes[-INPUT_AXES[name] :] + axes[: -INPUT_AXES[name]]
-        return LayersApart(tuple(ready(matrix.transpose(axes)) for matrix in leaf), is_transposed)
+        return LayersApart(tuple(apart(ready(leaf), axes)), is_transposed)
 
     layers, stacked = {}, params.pop("layers")
     while stacked:  # leaf by leaf, so that two copies of the whole are never held
