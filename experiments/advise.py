@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from experiments import closed_load, common
+from experiments import closed_load, common, host_overhead
 from experiments.closed_load import Served
 from jaxpage.config import require
 from jaxpage.sim import cost_model, runs, trace_files
@@ -52,7 +52,8 @@ def define_flags() -> None:
         lower_bound=1,
     )
     flags.DEFINE_list("page_sizes", ["8", "16", "32", "64"], "Of which the best is named.")
-    flags.DEFINE_float("overhead_s", 0.0, "Seconds that the host adds to a step.", lower_bound=0.0)
+    host_overhead.define_flags()
+    flags.adopt_module_key_flags(host_overhead)
     flags.DEFINE_integer("seed", 0, "The seed of lengths.")
 
 
@@ -100,7 +101,7 @@ def served(requests: list[Arrival], max_tokens: int, page_size: int, *, is_paged
         find_device(FLAGS.device),
         num_devices=FLAGS.num_devices,
         page_size=page_size,
-        overhead_s=FLAGS.overhead_s,
+        overhead=host_overhead.by_flags(),
     )
     return closed_load.serve(cost, requests, FLAGS.concurrency, max_tokens, is_paged=is_paged)
 

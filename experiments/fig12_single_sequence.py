@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 
-from experiments import common, paper_setups, rate_search
+from experiments import common, host_overhead, paper_setups, rate_search
 from experiments.comparisons import Comparison
 from experiments.paper_setups import SETUPS
 from experiments.plots import LABELS, RUN_COLOURS, STYLE
@@ -112,7 +112,7 @@ def search(model: str, dataset: str, system: str, lengths: Lengths) -> dict[str,
             length_sets.requests_of(chosen, times_s / rate),
             num_slots=FLAGS.num_slots,
             static_batches=system == "static",
-            overhead_s=FLAGS.overhead_s,
+            overhead=host_overhead.by_flags(),
         )
         return rate_search.point_of(rate, run)
 

@@ -29,7 +29,7 @@ import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 
-from experiments import common, paper_setups, rate_search
+from experiments import common, host_overhead, paper_setups, rate_search
 from experiments.comparisons import Comparison
 from experiments.fig15_sharing_savings import PAPER as FIG_15
 from experiments.fig15_sharing_savings import WIDTHS
@@ -132,7 +132,7 @@ def search(case: Case, lengths: Lengths) -> dict[str, Any]:
         run, _ = SETUPS["opt-13b"].run(
             case.system,
             length_sets.requests_of(chosen, times_s / rate, **several),
-            overhead_s=FLAGS.overhead_s,
+            overhead=host_overhead.by_flags(),
             copied_share=case.copied_share,
             num_slots=FLAGS.num_slots,
             max_beams=case.width if is_search else 1,

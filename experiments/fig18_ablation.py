@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 
-from experiments import common, paper_setups
+from experiments import common, host_overhead, paper_setups
 from experiments.comparisons import Comparison
 from experiments.paper_setups import SETUPS
 from experiments.plots import STYLE
@@ -39,7 +39,8 @@ def define_flags() -> None:
     paper_setups.define_length_flags()
     paper_setups.define_page_sizes_flag()
     flags.adopt_module_key_flags(paper_setups)
-    flags.DEFINE_float("overhead_s", 0.0, "Seconds that the host adds to a step.", lower_bound=0.0)
+    host_overhead.define_flags()
+    flags.adopt_module_key_flags(host_overhead)
     flags.DEFINE_bool("quick", False, "Pages of 16 and 256 alone, and an eighth of the requests.")
     flags.DEFINE_string("out", None, "The folder to write to.", required=True)
 
@@ -56,7 +57,7 @@ def main(_: list[str]) -> None:
             latencies[dataset] = {}
             for page_size in sizes:
                 run = SETUPS["opt-13b"].run(
-                    "paged", requests, page_size=page_size, overhead_s=FLAGS.overhead_s
+                    "paged", requests, page_size=page_size, overhead=host_overhead.by_flags()
                 )[0]
                 latency_s = float(np.mean(run.timeline.normalized_latency_s))
                 latencies[dataset][page_size] = latency_s

@@ -17,6 +17,7 @@ from experiments.rate_search import Point
 from jaxpage.paging.allocator import ALLOCATORS, CACHED
 from jaxpage.scheduling.policies import POLICIES
 from jaxpage.sim import arrivals, runs, synthetic
+from jaxpage.sim.cost_model import Overhead
 from jaxpage.sim.lengths import Rounds
 from jaxpage.sim.trace import Arrival
 
@@ -35,7 +36,7 @@ def requests_of(rounds: Rounds, num: int, rate: float, pause_s: float, seed: int
 
 
 def compare(
-    setup: Setup, requests: list[Arrival], rate: float, *, num_slots: int, overhead_s: float
+    setup: Setup, requests: list[Arrival], rate: float, *, num_slots: int, overhead: Overhead
 ) -> dict[str, Any]:
     """The same requests with pages that are kept for the next round (`cached`), and without."""
     prompt_tokens = sum(request.prompt_len for request in requests)
@@ -43,7 +44,7 @@ def compare(
     for name, allocator in SYSTEMS.items():
         run = runs.run(
             requests,
-            setup.cost(overhead_s),
+            setup.cost(overhead),
             setup.config(allocator.name, num_slots),
             allocator,
             POLICIES["fcfs"],

@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 
-from experiments import common, paper_setups
+from experiments import common, host_overhead, paper_setups
 from experiments.comparisons import Comparison
 from experiments.paper_setups import SETUPS
 from experiments.plots import RUN_COLOURS, STYLE
@@ -45,7 +45,8 @@ def define_flags() -> None:
     flags.DEFINE_list("rates", [f"{rate:g}" for rate in RATES], "Requests a second.")
     flags.DEFINE_integer("requests", 4096, "How many at each rate.", lower_bound=1)
     flags.DEFINE_integer("num_slots", 256, "The most sequences at once.", lower_bound=1)
-    flags.DEFINE_float("overhead_s", 0.0, "Seconds that the host adds to a step.", lower_bound=0.0)
+    host_overhead.define_flags()
+    flags.adopt_module_key_flags(host_overhead)
     flags.DEFINE_bool("quick", False, "An eighth of the requests.")
     flags.DEFINE_string("out", None, "The folder to write to.", required=True)
 
@@ -58,7 +59,7 @@ def main(_: list[str]) -> None:
         for rate in rates_by_flag():
             requests, source = paper_setups.poisson_requests("sharegpt", num, rate)
             run = SETUP.run(
-                "paged", requests, num_slots=FLAGS.num_slots, overhead_s=FLAGS.overhead_s
+                "paged", requests, num_slots=FLAGS.num_slots, overhead=host_overhead.by_flags()
             )[0]
             rows.append(
                 {

@@ -15,7 +15,7 @@ from jaxpage.paging.allocator import ALLOCATORS
 from jaxpage.scheduling.policies import POLICIES
 from jaxpage.sim import arrivals, cost_model, runs
 from jaxpage.sim import lengths as length_sets
-from jaxpage.sim.cost_model import CostModel
+from jaxpage.sim.cost_model import NO_OVERHEAD, CostModel, Overhead
 from jaxpage.sim.device import DEVICES, DeviceSpec
 from jaxpage.sim.kernels import Efficiency
 from jaxpage.sim.lengths import Lengths
@@ -80,7 +80,7 @@ class Setup:
 
     def cost(
         self,
-        overhead_s: float = 0.0,
+        overhead: Overhead = NO_OVERHEAD,
         page_size: int = PAGE_SIZE,
         efficiencies: dict[str, Efficiency] | None = None,
         copied_share: float = 0.0,
@@ -91,7 +91,7 @@ class Setup:
             self.device,
             num_devices=self.num_devices,
             page_size=page_size,
-            overhead_s=overhead_s,
+            overhead=overhead,
             efficiencies=efficiencies,
             copied_share=copied_share,
         )
@@ -101,7 +101,7 @@ class Setup:
         allocator: str,
         requests: Sequence[Arrival],
         *,
-        overhead_s: float = 0.0,
+        overhead: Overhead = NO_OVERHEAD,
         efficiencies: dict[str, Efficiency] | None = None,
         copied_share: float = 0.0,
         until_s: float = np.inf,
@@ -117,7 +117,7 @@ class Setup:
             widest = max(request.num_samples for request in requests)
             enough = max(self.kv_tokens // MAX_TOKENS, widest) + 1
             config = replace(config, num_slots=min(config.num_slots, enough))
-        cost = self.cost(overhead_s, config.page_size, efficiencies, copied_share)
+        cost = self.cost(overhead, config.page_size, efficiencies, copied_share)
         memory = ALLOCATORS[allocator]
         run = runs.run(requests, cost, config, memory, POLICIES["fcfs"], until_s=until_s)
         return run, config

@@ -8,6 +8,7 @@ import numpy as np
 from absl import flags
 from matplotlib.axes import Axes
 
+from experiments import host_overhead
 from experiments.plots import INK, RUN_COLOURS
 from jaxpage.sim.capacity import capacity
 from jaxpage.sim.runs import Run
@@ -20,7 +21,8 @@ LIGHT_LOADS = (0.25, 0.5, 0.75)  # parts of the highest rate
 
 def define_flags(num_slots: int = 256) -> None:
     flags.DEFINE_float("limit_s", 0.2, "The most normalized latency, s/token.", lower_bound=1e-6)
-    flags.DEFINE_float("overhead_s", 0.0, "Seconds that the host adds to a step.", lower_bound=0.0)
+    host_overhead.define_flags()
+    flags.adopt_module_key_flags(host_overhead)
     flags.DEFINE_integer("num_slots", num_slots, "The most sequences at once.", lower_bound=1)
 
 

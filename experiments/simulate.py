@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments import common
+from experiments import common, host_overhead
 from jaxpage.config import PREEMPTION_MODES, ConfigError, EngineConfig, require
 from jaxpage.paging.allocator import ALLOCATORS, CACHED, Allocator
 from jaxpage.scheduling.policies import POLICIES
@@ -52,9 +52,8 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "efficiencies", None, "A file of calibrate; by default those that A100s measured."
     )
-    flags.DEFINE_float(
-        "overhead_s", 0.0, "Seconds that the host adds to every step.", lower_bound=0.0
-    )
+    host_overhead.define_flags()
+    flags.adopt_module_key_flags(host_overhead)
     define_trace_flags()
     define_serving_flags()
     flags.DEFINE_float("slo_ttft_s", np.inf, "A first token counts as good up to this.")
@@ -249,7 +248,7 @@ def cost_by_flags() -> CostModel:
         find_device(FLAGS.device),
         num_devices=FLAGS.num_devices,
         page_size=FLAGS.page_size,
-        overhead_s=FLAGS.overhead_s,
+        overhead=host_overhead.by_flags(),
         efficiencies=efficiencies,
     )
 

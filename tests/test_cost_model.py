@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jaxpage.config import ConfigError
 from jaxpage.model.presets import PRESETS
 from jaxpage.sim import cost_model, kernels
-from jaxpage.sim.cost_model import Load, load_of, step_seconds
+from jaxpage.sim.cost_model import Load, Overhead, load_of, step_seconds
 from jaxpage.sim.device import DEVICES, find_device
 from jaxpage.sim.efficiencies import A100_MEASURED
 from jaxpage.sim.kernels import KINDS, Efficiency, Work, kernel_seconds
@@ -88,9 +88,10 @@ def test_a_load_is_the_sum_over_tokens(rows):
 
 
 def test_an_empty_step_takes_no_time_and_any_other_has_the_overhead():
-    cost = cost_of(overhead_s=1.0)
+    cost = cost_of(overhead=Overhead(step_s=1.0, row_s=10.0))
     assert float(step_seconds(cost, loads([0, 0], [0, 7]))) == 0.0
-    assert 1.0 < float(step_seconds(cost, loads([0, 1], [0, 7]))) < 1.1
+    assert 11.0 < float(step_seconds(cost, loads([0, 1], [0, 7]))) < 11.1
+    assert 31.0 < float(step_seconds(cost, loads([9, 1, 1], [9, 9, 7]))) < 31.1
 
 
 def perfect_cost(name: str, num_devices: int = 1) -> cost_model.CostModel:

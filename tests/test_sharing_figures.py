@@ -12,6 +12,7 @@ from jaxpage.paging.allocator import CACHED
 from jaxpage.scheduling.policies import POLICIES
 from jaxpage.sim import cost_model, runs
 from jaxpage.sim import lengths as length_sets
+from jaxpage.sim.cost_model import NO_OVERHEAD
 from jaxpage.sim.device import DEVICES
 from jaxpage.sim.lengths import Lengths, RecordedTurn
 from jaxpage.sim.shapes import SHAPES
@@ -49,7 +50,7 @@ def test_a_round_knows_what_was_said_before_it():
 
 
 def requests(rounds: str, **changes) -> list[tuple[int, int]]:
-    conditions = fig17_chatbot.Conditions(0.2, 0.0, rounds, **changes)
+    conditions = fig17_chatbot.Conditions(0.2, NO_OVERHEAD, rounds, **changes)
     found = fig17_chatbot.requests_of(length_sets.rounds_of(TURNS), conditions)
     return list(zip(found.prompts.tolist(), found.outputs.tolist(), strict=True))
 

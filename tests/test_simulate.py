@@ -10,10 +10,10 @@ from tiny_engine import CONFIG, PROMPTS, REQUESTS, build, setup_of
 
 from jaxpage.config import ConfigError, EngineConfig
 from jaxpage.paging.allocator import ALLOCATORS, CACHED
-from jaxpage.scheduling.policies import fcfs
+from jaxpage.scheduling.policies import fcfs, shortest_first
 from jaxpage.sim import clock, cost_model, simulate
 from jaxpage.sim import trace as traces
-from jaxpage.sim.cost_model import CostModel, Load
+from jaxpage.sim.cost_model import CostModel, Load, Overhead
 from jaxpage.sim.device import DEVICES
 from jaxpage.sim.shapes import SHAPES
 from jaxpage.sim.simulate import Simulation
@@ -233,3 +233,43 @@ def test_a_run_that_is_larger_than_the_pool_is_refused():
     traces.create(request, config, PAGED)
     with pytest.raises(ConfigError, match="needs a run of 16 pages, a power of two, of the 15"):
         traces.create(request, config, ALLOCATORS["oracle"])
+
+
+def test_simulations_under_vmap_make_the_plans_of_each_alone():
+    """Of other arrivals, lengths, hosts and policies; the price of a step may round otherwise."""
+    rng, policies = np.random.default_rng(5), (fcfs, shortest_first)
+    cases = []
+    for number in range(3):
+        times = np.cumsum(rng.exponential(0.05 * (number + 1), 9))
+        prompts, outputs = rng.integers(1, 14, (2, 9)).tolist()
+        requests = list(map(Arrival, times.tolist(), prompts, outputs))
+        cost = cost_of_host(0.01 * number)
+        cases.append((traces.create(requests, TIGHT, PAGED), cost, number % 2))
+
+    def stacked(trees):
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+    trace, cost, policy = map(stacked, zip(*cases, strict=True))
+    starts = stacked([simulate.create(each, TIGHT, PAGED) for each, _, _ in cases])
+    together = simulate.simulate_each(
+        starts, trace, cost, policy, config=TIGHT, allocator=PAGED, policies=policies
+    )
+    assert np.array_equal(together.num_done, trace.count)
+    for number, (trace, cost, policy) in enumerate(cases):
+        alone = simulate.simulate_steps(
+            simulate.create(trace, TIGHT, PAGED), trace, cost,
+            config=TIGHT, allocator=PAGED, policy=policies[policy],
+        )  # fmt: skip
+        found = jax.tree.map(lambda leaf, number=number: leaf[number], together)
+        rows = slice(int(alone.log.count))
+        assert int(found.log.count) == int(alone.log.count) > 20
+        for name, column in alone.log.steps.record._asdict().items():
+            assert np.array_equal(getattr(found.log.steps.record, name)[rows], column[rows]), name
+        # A price is a sum of some twenty float32.
+        np.testing.assert_allclose(
+            found.log.steps.seconds[rows], alone.log.steps.seconds[rows], 20 * 2**-24
+        )
+
+
+def cost_of_host(step_s: float) -> CostModel:
+    return COST.replace(overhead=Overhead(jnp.float32(step_s), jnp.float32(0)))

@@ -233,16 +233,25 @@ LASTS = [
     ),
     (
         fig13_batched_requests,
-        BATCHES | {"others": {"sharegpt": {}, "alpaca": {}}},
+        BATCHES | {"others": {"sharegpt": {}, "alpaca": {}}, "with_one_host": None},
         ("alpaca, Oracle: requests batched", 72.75, 13.0),
         8,
     ),
     (
         fig13_batched_requests,
         BATCHES
-        | {"others": {"sharegpt": {}, "alpaca": {"as counted": dict.fromkeys(LABELS, 9.0)}}},
+        | {"others": {"sharegpt": {}, "alpaca": {"as counted": dict.fromkeys(LABELS, 9.0)}}}
+        | {"with_one_host": None},
         ("alpaca, Oracle: requests batched (as counted)", 72.75, 9.0),
         12,
+    ),
+    (
+        fig13_batched_requests,
+        BATCHES
+        | {"others": {"sharegpt": {}, "alpaca": {}}}
+        | {"with_one_host": {"batched": dict.fromkeys(BATCHES, dict.fromkeys(LABELS, 8.0))}},
+        ("alpaca, Oracle: requests batched (one host)", 72.75, 8.0),
+        16,
     ),
     (
         fig18_ablation,
@@ -330,3 +339,30 @@ def test_lengths_are_taken_by_the_other_rules_too(monkeypatch):
 
 def _lengths(num: int) -> Lengths:
     return Lengths(np.arange(1, num + 1), np.arange(num, 0, -1))
+
+
+def test_one_host_explains_both_batches_of_pages(monkeypatch):
+    """What is needed lies on a line: 8 ms a step and 0.2 ms a row, at the batches printed."""
+    asked = []
+
+    def measure(allocator, requests, overhead):
+        asked.append((allocator, requests, overhead))
+        return fig13_batched_requests.Found(9.0, 0.05, 0.0)
+
+    monkeypatch.setattr(fig13_batched_requests, "measure", measure)
+    needed: dict[str, float | None] = {
+        dataset: 0.008 + 0.0002 * of["paged"]
+        for dataset, of in fig13_batched_requests.PAPER.items()
+    }
+    requests: dict = {"sharegpt": ["S"], "alpaca": ["A"]}
+    host = fig13_batched_requests.host_for_both(needed, requests)
+    assert host is not None
+    assert [host["step_s"], host["row_s"]] == pytest.approx([0.008, 0.0002])
+    assert host["batched"]["alpaca"] == dict.fromkeys(LABELS, 9.0)
+    assert {(name, *of) for name, of, _ in asked} == {
+        (name, of) for name in LABELS for of in ("S", "A")
+    }
+    assert {overhead for *_, overhead in asked} == {(host["step_s"], host["row_s"])}
+    # Not known of one, or less than nothing a step, or a row.
+    for wrong in ({"alpaca": None}, {"alpaca": 0.001}, {"sharegpt": 0.0001}):
+        assert fig13_batched_requests.host_for_both(needed | wrong, requests) is None

@@ -40,11 +40,21 @@ class Load(NamedTuple):
     copied_pages: jax.Array  # within the pool
 
 
+class Overhead(NamedTuple):
+    """What the host adds to a step, beside its kernels: seconds."""
+
+    step_s: jax.typing.ArrayLike = 0.0
+    row_s: jax.typing.ArrayLike = 0.0  # for each row that samples
+
+
+NO_OVERHEAD = Overhead()
+
+
 class CostModel(struct.PyTreeNode):
     """A model on a device of a kind, or spread over several of them."""
 
     efficiency: Efficiency  # f32[kinds] each
-    overhead_s: jax.Array  # f32[], of a step beside its kernels
+    overhead: Overhead  # f32[] each
     copied_share: jax.Array  # f32[], of the tokens that decoding rows read, copied in each step
     shape: ModelShape = struct.field(pytree_node=False)
     device: DeviceSpec = struct.field(pytree_node=False)
@@ -58,7 +68,7 @@ def create(
     *,
     num_devices: int = 1,
     page_size: int = 16,
-    overhead_s: float = 0.0,
+    overhead: Overhead = NO_OVERHEAD,
     efficiencies: dict[str, Efficiency] | None = None,
     copied_share: float = 0.0,
 ) -> CostModel:
@@ -79,7 +89,7 @@ def create(
     columns = zip(*(known[kind] for kind in KINDS), strict=True)
     return CostModel(
         efficiency=Efficiency(*(jnp.asarray(column, jnp.float32) for column in columns)),
-        overhead_s=jnp.asarray(overhead_s, jnp.float32),
+        overhead=Overhead(*(jnp.asarray(seconds, jnp.float32) for seconds in overhead)),
         copied_share=jnp.asarray(copied_share, jnp.float32),
         shape=shape,
         device=device,
@@ -131,7 +141,8 @@ def step_seconds(cost: CostModel, load: Load) -> jax.Array:
     flops_per_s, bytes_per_s = (rate[which] for rate in roofs(cost.device))
     seconds = kernel_seconds(efficiency, flops_per_s, bytes_per_s, work)
     total = jnp.sum(seconds * np.asarray(times, np.float32))
-    return lax.optimization_barrier(jnp.where(total > 0, total + cost.overhead_s, 0.0))
+    host = cost.overhead.step_s + cost.overhead.row_s * load.samples
+    return lax.optimization_barrier(jnp.where(total > 0, total + host, 0.0))
 
 
 def _kernels(cost: CostModel, load: Load) -> list[tuple[int, Work, int]]:

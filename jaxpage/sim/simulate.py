@@ -115,6 +115,50 @@ def simulate_steps(
     singly: bool = False,
 ) -> Simulation:
     """Runs until all sequences are done or the log is full; starts a new log."""
+    return _simulate(simulation, trace, cost, config, allocator, policy, singly)
+
+
+@partial(
+    jax.jit,
+    static_argnames=("config", "allocator", "policies"),
+    donate_argnames=("simulations",),
+)
+def simulate_each(
+    simulations: Simulation,
+    trace: Trace,
+    cost: CostModel,
+    policy: jax.Array,
+    *,
+    config: EngineConfig,
+    allocator: Allocator,
+    policies: tuple[PolicyFn, ...],
+) -> Simulation:
+    """`simulate_steps` of many under `vmap`: all have a first axis of one size.
+
+    Each has its trace, its cost, and of `policies` that of its number in `policy: i32[n]`. Page
+    sizes and allocators are shapes and code: they need a program each. The plans are those of each
+    alone; what a step takes may be rounded otherwise. On a CPU threads are many times faster
+    (`experiments.bench_simulator --vmapped`).
+    """
+
+    def simulate(simulation: Simulation, trace: Trace, cost: CostModel, policy: jax.Array):
+        def chosen(requests: Requests, computed: jax.Array) -> jax.Array:
+            return lax.switch(policy, policies, requests, computed)
+
+        return _simulate(simulation, trace, cost, config, allocator, chosen)
+
+    return jax.vmap(simulate)(simulations, trace, cost, policy)
+
+
+def _simulate(
+    simulation: Simulation,
+    trace: Trace,
+    cost: CostModel,
+    config: EngineConfig,
+    allocator: Allocator,
+    policy: PolicyFn,
+    singly: bool = False,
+) -> Simulation:
     log = simulation.log.replace(count=jnp.asarray(0, jnp.int32))
 
     def goes_on(simulation: Simulation) -> jax.Array:
