@@ -9,8 +9,10 @@ degree of parallelism, as in llama-2-70b/2), `vidur-collectives` (WHICH: a100_dg
 fifth of the rows is held out by lot and never fitted; errors are of those, beside the errors of
 non-negative least squares on the same rows. Rows of `--check` are not fitted at all: with
 `--check_device` they show how far the efficiencies of one device are those of another. The file
-holds the efficiencies, for `--efficiencies`. Seconds on a laptop. Expected on Vidur's profiles:
-medians of at most 10 % on held-out rows of an A100, at most 20 % on an H100's. Refuted if not.
+holds the efficiencies, for `--efficiencies`. With --host, an engine's host that Vidur profiled, it
+says what that adds to a step and a row, for `--overhead_s` and `--overhead_per_row_s`. Seconds on a
+laptop. Expected on Vidur's profiles: medians of at most 10 % on held-out rows of an A100, at most
+20 % on an H100's. Refuted if not.
 """
 
 import json
@@ -40,6 +42,9 @@ def define_flags() -> None:
     flags.DEFINE_list("rows", None, "Rows to fit, as FORMAT:WHICH:FILE.", required=True)
     flags.DEFINE_list("check", [], "Rows that are only compared with, in the same form.")
     flags.DEFINE_string("check_device", None, f"The device of --check. {known}")
+    flags.DEFINE_string(
+        "host", None, "What a host took, as MODEL/DEGREE:FILE with the model by its full name."
+    )
     flags.DEFINE_string("report", "", "Report errors of groups that match this pattern as well.")
     flags.DEFINE_integer("seed", 0, "The seed of the lot that holds rows out.")
     flags.DEFINE_string("out", None, "The JSON file for the efficiencies.", required=True)
@@ -74,6 +79,8 @@ def main(_: list[str]) -> None:
         require(FLAGS.check_device is not None, "--check: name its device in --check_device")
         other = find_device(FLAGS.check_device)
         result |= compared("check", read_all(FLAGS.check), by_kind, other)
+    if FLAGS.host is not None:
+        result["host"] = host_of(FLAGS.host)
     common.print_last_line(result | common.provenance())
 
 
@@ -103,6 +110,22 @@ def read(spec: str) -> Rows:
         f"rows {spec!r}: expected MODEL/DEGREE with MODEL one of {', '.join(SHAPES)}",
     )
     return profiles.read_vidur_attention(path, SHAPES[model], int(degree))
+
+
+def host_of(spec: str) -> dict[str, float]:
+    """What the host of `MODEL/DEGREE:FILE` adds to a step and a row."""
+    which, _, path = spec.partition(":")
+    model, _, degree = which.rpartition("/")
+    require(
+        bool(model) and degree.isdigit() and int(degree) > 0 and Path(path).is_file(),
+        f"--host={spec}: expected MODEL/DEGREE:FILE, and the file to be there",
+    )
+    host, errors = calibrate.fit_host(*profiles.read_vidur_host(Path(path), model, int(degree)))
+    print(
+        f"host: {1e3 * host.step_s:.2f} ms a step and {1e3 * host.row_s:.3f} ms a row; "
+        f"each by the others: {sentence(errors)}"
+    )
+    return {**host._asdict(), **errors._asdict()}
 
 
 def held_out(rows: Rows) -> Rows:

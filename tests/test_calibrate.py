@@ -218,3 +218,38 @@ def test_this_machine_can_be_measured_and_then_calibrated(tmp_path):
     assert device.flops_per_s == pytest.approx(
         (rows.work.flops / rows.seconds)[rows.kinds == LINEAR].max(), rel=1e-3
     )
+
+
+HOST_COLUMNS = ("model_name", "tensor_parallel_degree", "batch_size", *profiles.HOST_COLUMNS)
+
+
+def write_host(path, *records) -> None:
+    write_csv(path, HOST_COLUMNS, *records)
+
+
+def test_a_hosts_time_is_by_step_and_by_row(tmp_path):
+    """2 ms and 0.05 ms a row, in five parts; another model's rows are not taken."""
+    path = tmp_path / "host.csv"
+    parts = np.array([0.1, 0.2, 0.3, 0.3, 0.1])
+    write_host(
+        path,
+        *(("a/b", 2, rows, *((2 + 0.05 * rows) * parts)) for rows in (8, 16, 64, 128)),
+        ("a/b", 1, 8, 9, 9, 9, 9, 9),
+        ("a/c", 2, 8, 9, 9, 9, 9, 9),
+    )
+    num_rows, seconds = profiles.read_vidur_host(path, "a/b", 2)
+    assert num_rows.tolist() == [8, 16, 64, 128]
+    host, errors = calibrate.fit_host(num_rows, seconds)
+    assert list(host) == pytest.approx([2e-3, 5e-5])
+    assert errors.num_rows == 4 and errors.p90 < 1e-6
+    # Each is predicted by the others: one that is off is so in full.
+    off = calibrate.fit_host(num_rows, seconds * [1, 1, 1, 2])[1]
+    assert off.p90 > 0.3
+
+
+def test_too_little_of_a_host_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="2 steps of a host are too few"):
+        calibrate.fit_host(np.ones(2), np.ones(2))
+    write_host(tmp_path / "host.csv", ("a/b", 2, 8, 1, 1, 1, 1, 1))
+    with pytest.raises(ConfigError, match="no record with"):
+        profiles.read_vidur_host(tmp_path / "host.csv", "a/b", 4)

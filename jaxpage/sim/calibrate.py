@@ -15,6 +15,7 @@ import optax
 from scipy.optimize import nnls
 
 from jaxpage.config import require
+from jaxpage.sim.cost_model import Overhead
 from jaxpage.sim.device import DeviceSpec
 from jaxpage.sim.kernels import KINDS, Efficiency, Work, kernel_seconds, roofs
 from jaxpage.sim.profiles import Rows
@@ -69,6 +70,25 @@ def fit(rows: Rows, device: DeviceSpec, seed: int = 0) -> Fit:
         errors(predict(efficiency, held_out, device), held_out.seconds),
         errors(linear, held_out.seconds),
     )
+
+
+def fit_host(num_rows: np.ndarray, seconds: np.ndarray) -> tuple[Overhead, Errors]:
+    """A host's seconds a step and a row, from steps of `num_rows: f64[n]` that took `seconds`.
+
+    Non-negative least squares of the relative error. Errors are those of each step by the fit of
+    all others.
+    """
+    require(len(seconds) > 2, f"{len(seconds)} steps of a host are too few: give three or more")
+    features = np.stack([np.ones_like(num_rows), num_rows], axis=1)
+    relative = features / seconds[:, None]
+
+    def weights(chosen: np.ndarray) -> np.ndarray:
+        return nnls(relative[chosen], np.ones(np.count_nonzero(chosen)))[0]
+
+    numbers = np.arange(len(seconds))
+    predicted = [features[i] @ weights(numbers != i) for i in numbers]
+    step_s, row_s = weights(numbers >= 0).tolist()
+    return Overhead(step_s, row_s), errors(np.asarray(predicted), seconds)
 
 
 def predict(efficiency: Efficiency, rows: Rows, device: DeviceSpec) -> np.ndarray:

@@ -1,8 +1,9 @@
-"""Measured kernels, as rows that the cost model is calibrated on: from files of three formats.
+"""Measured kernels, as rows that the cost model is calibrated on: from files of several formats.
 
-Ours, which `experiments.measure_device` writes, has the columns of `COLUMNS`. The other two are
-those of Vidur (Agrawal et al. 2024, MLSys): linear and elementwise operations by number of tokens,
-and attention by batch. Files may be compressed (`.gz`).
+Ours, which `experiments.measure_device` writes, has the columns of `COLUMNS`. The others are those
+of Vidur (Agrawal et al. 2024, MLSys): linear and elementwise operations by number of tokens,
+attention by batch, collectives by bytes, and what an engine's host takes by rows of a step. Files
+may be compressed (`.gz`).
 """
 
 import math
@@ -29,6 +30,12 @@ from jaxpage.sim.kernels import (
 )
 from jaxpage.sim.shapes import ModelShape
 
+# Of a host between two steps: it schedules, prepares inputs, samples, reads outputs, and tells the
+# processes of its devices.
+HOST_COLUMNS = (
+    "schedule_median", "prepare_inputs_e2e_median", "sampler_e2e_median",
+    "process_model_outputs_median", "ray_comm_time_mean",
+)  # fmt: skip
 COLUMNS = ("device", "group", "kind", "tokens", "flops", "bytes", "items", "seconds")
 
 
@@ -176,3 +183,14 @@ def read_vidur_collectives(path: Path, node_type: str) -> Rows:
     groups = [f"{node_type} {count}" for count in table.text("num_workers")]
     rows = _rows(ALL_REDUCE, work, times_ms * 1e-3, np.zeros_like(workers), groups)
     return joined([rows.take(workers == on_a_host)], f"{path}, {node_type!r}")
+
+
+def read_vidur_host(path: Path, model: str, tp: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of steps and what the host took for each, `f64[n]` and `f64[n]` in seconds.
+
+    Of Vidur's profile of CPU overheads, for a model by its full name on `tp` devices.
+    """
+    where = {"model_name": model, "tensor_parallel_degree": str(tp)}
+    table = Table(path, (*where, "batch_size", *HOST_COLUMNS), **where)
+    times_ms = np.sum([table.numbers(name) for name in HOST_COLUMNS], axis=0)
+    return table.numbers("batch_size"), times_ms * 1e-3
