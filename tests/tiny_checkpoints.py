@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxpage.config import ModelConfig
+from jaxpage.config import ModelConfig, RopeScaling
 
 CONFIG = ModelConfig(
     name="small", num_layers=2, embed_dim=32, mlp_dim=64, num_heads=4, num_kv_heads=2,
@@ -82,6 +82,15 @@ def assert_params_are(
             check(ours["qkv"][kv_head, G + 1], theirs["self_attn.v_proj"][rows])
 
 
+def hf_rope(scaling: RopeScaling) -> dict:
+    """Llama 3.1's rotary scaling as a `config.json` says it."""
+    return {
+        "rope_type": "llama3", "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_position,
+    }  # fmt: skip
+
+
 def write_hf(folder, config: ModelConfig, tensors: dict, num_shards: int = 1):
     folder.mkdir()
     raw = {
@@ -90,8 +99,10 @@ def write_hf(folder, config: ModelConfig, tensors: dict, num_shards: int = 1):
         "num_key_value_heads": config.num_kv_heads, "num_hidden_layers": config.num_layers,
         "vocab_size": config.vocab_size, "max_position_embeddings": config.max_position,
         "rms_norm_eps": config.norm_eps, "tie_word_embeddings": config.tie_embeddings,
-        "eos_token_id": 2,
+        "eos_token_id": 2, "rope_theta": config.rope_theta,
     }  # fmt: skip
+    if config.rope_scaling is not None:
+        raw["rope_scaling"] = hf_rope(config.rope_scaling)
     (folder / "config.json").write_text(json.dumps(raw))
     if num_shards == 1:
         save_file(tensors, folder / "model.safetensors")
