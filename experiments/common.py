@@ -1,6 +1,7 @@
 """What the scripts here share: flags, files, the model, and how a run ends."""
 
 import functools
+import gc
 import json
 import resource
 import subprocess
@@ -143,6 +144,10 @@ def define_allocator_flag() -> None:
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Runs a script's `main`; what the user can mend ends it with one line and exit status 1."""
+
+    # JAX traces into objects that stay, a million of them: looking through them again and again
+    # for cycles would take a quarter of the time.
+    gc.set_threshold(200_000, 50, 100)
 
     def guarded(argv: list[str]) -> None:
         if len(argv) > 1:

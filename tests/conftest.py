@@ -5,6 +5,7 @@ What one worker has compiled the others load, and so do tests that build the sam
 """
 
 import fnmatch
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ else:
 import jax
 import pytest
 
+gc.set_threshold(200_000, 50, 100)  # as in `experiments.common.run`
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

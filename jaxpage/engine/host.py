@@ -16,13 +16,14 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxpage.config import require
-from jaxpage.engine import loop, moving, processes, step
+from jaxpage.engine import loop, moving, processes
 from jaxpage.engine.disk_tier import DiskConfig, DiskTier, Owner
 from jaxpage.engine.request import Request, Result, group_of, refusal, reserved_len
 from jaxpage.engine.run import Journal, Run
 from jaxpage.engine.snapshots import SnapshotConfig, Snapshots
 from jaxpage.engine.step import EngineState, Setup
 from jaxpage.model.params import Params
+from jaxpage.paging import kv_pool
 from jaxpage.scheduling.state import (
     DONE,
     FINISH_REASONS,
@@ -321,9 +322,9 @@ def _first_state(
         return loop.create_replicas(setup=setup, dtype=jnp.dtype(kv_dtype))
     # Committed to its device like the parameters: else the second call would compile again.
     device = next(iter(jax.tree.leaves(params)[0].devices()))
-    state = step.create(setup, kv_dtype, device)
-    rest = jax.device_put(state.replace(host_pool=None), device)
-    return rest.replace(host_pool=state.host_pool)
+    fields = loop.create_on_device(setup=setup, dtype=jnp.dtype(kv_dtype))
+    host_pool = kv_pool.create_on_host(setup.model, setup.engine, kv_dtype, device)
+    return EngineState(**jax.device_put(fields, device), host_pool=host_pool)
 
 
 def _result(request: Request, row: int, known: Requests, run: Run, replica: int) -> Result:

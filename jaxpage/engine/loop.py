@@ -6,6 +6,7 @@ the host: `max_steps` are done, the log is full, a request has ended (if asked),
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxpage.engine import chains, replicas
+from jaxpage.engine import chains, replicas, step
 from jaxpage.engine.step import EngineState, Setup, create, engine_step, wipe_freed
 from jaxpage.model.params import Params
 from jaxpage.model.sharding import param_partition
@@ -61,6 +62,12 @@ def _serve(
 
     state = lax.while_loop(goes_on, lambda state: engine_step(params, state, setup), state)
     return wipe_freed(state, setup)
+
+
+@partial(jax.jit, static_argnames=("setup", "dtype"))
+def create_on_device(*, setup: Setup, dtype: DTypeLike) -> dict[str, Any]:
+    """See `step.create_on_device`: one program, for one by one its arrays take a while."""
+    return step.create_on_device(setup, dtype)
 
 
 @partial(jax.jit, static_argnames=("setup", "dtype"))

@@ -83,6 +83,16 @@ def create(setup: Setup, kv_dtype: DTypeLike, device: Any = None) -> EngineState
     The host's pages are in memory that `device` can reach, the default one if none is given.
 
     Raises:
+      ConfigError: as `create_on_device`.
+    """
+    host_pool = kv_pool.create_on_host(setup.model, setup.engine, kv_dtype, device)
+    return EngineState(**create_on_device(setup, kv_dtype), host_pool=host_pool)
+
+
+def create_on_device(setup: Setup, kv_dtype: DTypeLike) -> dict[str, Any]:
+    """The fields of such a state but the host's pages: all that can be made inside `jit`.
+
+    Raises:
       ConfigError: the allocator or the vocabulary is too small for what the configuration asks.
     """
     config = setup.engine
@@ -100,16 +110,15 @@ def create(setup: Setup, kv_dtype: DTypeLike, device: Any = None) -> EngineState
     rows = config.log_steps
     columns = config.num_pages if config.record_page_map else 0
     records = (jnp.zeros((rows,), jnp.int32) for _ in StepRecord._fields)  # each its own buffer
-    return EngineState(
-        scheduler=scheduler_state.create(config, setup.allocator),
-        pool=kv_pool.create(setup.model, config, kv_dtype),
-        host_pool=kv_pool.create_on_host(setup.model, config, kv_dtype, device),
-        log=StepLog(
+    return {
+        "scheduler": scheduler_state.create(config, setup.allocator),
+        "pool": kv_pool.create(setup.model, config, kv_dtype),
+        "log": StepLog(
             records=StepRecord(*records),
             owners=jnp.zeros((rows, columns), jnp.int32),
             count=jnp.asarray(0, jnp.int32),
         ),
-    )
+    }
 
 
 def engine_step(params: Params, state: EngineState, setup: Setup) -> EngineState:
