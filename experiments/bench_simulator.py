@@ -25,7 +25,7 @@ import numpy as np
 from absl import flags
 
 from experiments import common, paper_setups
-from jaxpage.config import EngineConfig
+from jaxpage.config import EngineConfig, require
 from jaxpage.paging.allocator import ALLOCATORS
 from jaxpage.scheduling.policies import POLICIES
 from jaxpage.sim import arrivals, cost_model, runs, simulate
@@ -56,6 +56,10 @@ def define_flags() -> None:
 
 
 def main(_: list[str]) -> None:
+    require(
+        FLAGS.vmapped <= FLAGS.sweep,
+        f"--vmapped={FLAGS.vmapped} are taken of a sweep of {FLAGS.sweep}: raise --sweep",
+    )
     lengths, source = paper_setups.lengths_by_flags("sharegpt")
     light = make_requests(lengths, FLAGS.requests // 5, LIGHT_RATE, seed=0)
     full = make_requests(lengths, FLAGS.requests, np.inf, seed=0)
@@ -66,9 +70,8 @@ def main(_: list[str]) -> None:
         for seed, rate in enumerate(rates)
     ]
     rows.append(measure("sweep", sweep, os.cpu_count() or 1))
-    few = [
-        requests[: len(requests) // 4] for requests in sweep[:: -(-FLAGS.sweep // FLAGS.vmapped)]
-    ]
+    chosen = [sweep[i * FLAGS.sweep // FLAGS.vmapped] for i in range(FLAGS.vmapped)]
+    few = [requests[: len(requests) // 4] for requests in chosen]
     rows += [measure("each", few, 1), measure_vmapped(few)]
     by_name = {row["load"]: row["requests_per_s"] for row in rows}
     common.print_last_line({**by_name, "rows": rows, "lengths": source, **common.provenance()})

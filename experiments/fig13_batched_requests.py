@@ -199,12 +199,14 @@ def comparison(last: dict[str, Any]) -> list[Comparison]:
     for dataset, batches in PAPER.items():
         cases = {"": last[dataset], **last["others"][dataset]}
         if host is not None:
-            cases["one host"] = host["batched"][dataset]
+            # But for pages, to which it was fitted.
+            batched = host["batched"][dataset]
+            cases["one host"] = {name: batched[name] for name in batched if name != "paged"}
         for of_lengths, found in cases.items():
-            for name, paper in batches.items():
+            for name, batch in found.items():
                 what = f"{dataset}, {LABELS[name]}: requests batched"
                 what += f" ({of_lengths})" if of_lengths else ""
-                rows.append(Comparison(what, paper, found[name]))
+                rows.append(Comparison(what, batches[name], batch))
     return rows
 
 

@@ -4,10 +4,10 @@
 
 OPT-13B on one A100-80GB with 66,144 tokens of KV, ShareGPT's lengths, Poisson arrivals, simulated
 with the engine's own scheduler: the median time to the first token and the mean latency of an
-output token, by requests a second. What a 2023 engine's host adds to each step the cost model does
-not know; `--overhead_s` adds it. DIR gets `knee.jsonl`, a row a rate, and `knee.png`. Half a minute
-on one core; --quick is seconds. Expected: both are flat while memory and time suffice, and turn up
-within one request a second. Refuted if not.
+output token, by requests a second. What an engine's host adds to each step the cost model does not
+know; `--overhead_s` and `--overhead_per_row_s` add it. DIR gets `knee.jsonl`, a row a rate, and
+`knee.png`. Half a minute on one core; --quick is seconds. Expected: both are flat while memory and
+time suffice, and turn up within one request a second. Refuted if not.
 """
 
 import json

@@ -251,7 +251,7 @@ LASTS = [
         | {"others": {"sharegpt": {}, "alpaca": {}}}
         | {"with_one_host": {"batched": dict.fromkeys(BATCHES, dict.fromkeys(LABELS, 8.0))}},
         ("alpaca, Oracle: requests batched (one host)", 72.75, 8.0),
-        16,
+        14,
     ),
     (
         fig18_ablation,
