@@ -4,12 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import page_bytes
-from cached_faults import bad_evictions, faults_of, full_hits, held_tokens, left_out, pending_slots
+from cached_faults import (
+    bad_evictions,
+    faults_of,
+    full_hits,
+    has_room,
+    held_tokens,
+    left_out,
+    pending_slots,
+)
 from cached_world import COMMON, NOBODY, PREFIXES, ROW_LEN, SALTS, SIBLINGS, TOKENS, CachedWorld
 from event_search import Faults, Universe, Verb
 from page_bytes import count, differences
 
-from jaxpage.paging import prefix_cache, status
+from jaxpage.paging import entering, prefix_cache, status
 from jaxpage.paging.allocator import Prompt
 from jaxpage.paging.eviction import EVICTION_POLICIES
 from jaxpage.paging.page_table import num_pages_for
@@ -54,9 +62,10 @@ def cached_universe(
 
 
 def _admit(world: CachedWorld, arguments: jax.Array) -> tuple[CachedWorld, Faults]:
-    """The first empty row gets a sequence, of which some tokens are known."""
+    """The first empty row gets a sequence, of which some tokens are known; all full pages enter."""
     sequence, known = arguments
-    before = world.cache
+    start, before = world, world.found_by_all
+    world = world.replace(cache=before)
     is_empty = world.sequences == NOBODY
     row = jnp.argmax(is_empty).astype(jnp.int32)
     allowed = jnp.any(is_empty) & ~world.is_full
@@ -87,12 +96,13 @@ def _admit(world: CachedWorld, arguments: jax.Array) -> tuple[CachedWorld, Fault
         "statuses": jnp.where(world.collides, 0, count(is_in != fits)),
         "all or nothing": jnp.where(is_in, 0, differences(before, cache)),
         "evictions": bad_evictions(world, cache, copies),
+        "entered": left_out(start.cache, before),
     }
-    return _finish(allowed, after, world, faults)
+    return _finish(allowed, after, start, faults)
 
 
 def _append(world: CachedWorld, counts: jax.Array) -> tuple[CachedWorld, Faults]:
-    """Rows get pages for tokens, as far as they have a sequence; full pages become findable."""
+    """Rows get pages for tokens, as far as they have a sequence."""
     before = world.cache
     counts = jnp.where(world.sequences == NOBODY, 0, counts)
     cache, appended = world.verbs.append(before, counts, None)
@@ -114,8 +124,6 @@ def _append(world: CachedWorld, counts: jax.Array) -> tuple[CachedWorld, Faults]
         "all or nothing": count(failed),
         "evictions": bad_evictions(world, cache, expected.demand),
     }
-    cache = world.verbs.enter(cache, jnp.asarray(TOKENS), world.sequences, jnp.asarray(SALTS))
-    faults["entered"] = left_out(before, cache)
     pool = page_bytes.copy(world.pool, appended.sources, appended.targets)
     return _finish(~world.is_full, world.replace(cache=cache, pool=pool), world, faults)
 
@@ -150,30 +158,44 @@ def _share(world: CachedWorld, arguments: jax.Array) -> tuple[CachedWorld, Fault
 def _settle(world: CachedWorld, arguments: jax.Array) -> tuple[CachedWorld, Faults]:
     """The step runs: what is planned is written, and then rows give up pages for their twins."""
     del arguments
+    none = jnp.zeros(world.sequences.shape, jnp.bool_)
     after = world.replace(
-        cache=world.verbs.settle(world.cache),
+        cache=world.verbs.settle(world.cache, world.held, none),
         pool=world.executed,
         computed=world.cache.lengths,
         is_full=jnp.asarray(False),
     )
-    null = world.cache.num_pages
-    num_indexed = world.cache.num_indexed + (world.cache.twins < null).astype(jnp.int32)
+    had_twin = world.cache.twins < world.cache.num_pages
+    entered = after.cache.num_indexed - world.cache.num_indexed
+    full = world.cache.lengths // world.cache.page_size
+    is_due = jnp.any(had_twin) | (jnp.sum(full - world.cache.num_indexed) >= entering.ENTRIES)
+    still_due = jnp.sum(full - after.cache.num_indexed) >= entering.ENTRIES
     faults = {
-        "twins": count(after.cache.twins < null) + count(after.cache.num_indexed != num_indexed),
+        "twins": count(after.cache.twins < world.cache.num_pages)
+        + count(had_twin & (entered == 0)),
+        "entered": count(
+            jnp.where(is_due, still_due, jnp.any(entered != 0)) & has_room(world.cache)
+        ),
     }
     return _finish(jnp.asarray(True), after, world, faults)
 
 
 def _release(world: CachedWorld, rows: jax.Array) -> tuple[CachedWorld, Faults]:
-    """Between two steps, rows become empty."""
+    """Between two steps, rows become empty; what they have computed can be found."""
     gone = rows > 0
+    entered = world.verbs.enter_computed(world.cache, world.held, gone)
     after = world.replace(
-        cache=world.verbs.release(world.cache, gone),
+        cache=world.verbs.release(entered, gone),
         sequences=jnp.where(gone, NOBODY, world.sequences),
         computed=jnp.where(gone, 0, world.computed),
     )
     lengths = jnp.where(gone, 0, world.cache.lengths)
-    return _finish(world.is_idle, after, world, {"lengths": count(after.cache.lengths != lengths)})
+    faults = {
+        "lengths": count(after.cache.lengths != lengths),
+        "entered": left_out(world.cache, entered, gone),
+        "twins": count(entered.twins < entered.num_pages),
+    }
+    return _finish(world.is_idle, after, world, faults)
 
 
 def _put_back(world: CachedWorld, arguments: jax.Array) -> tuple[CachedWorld, Faults]:

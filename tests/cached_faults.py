@@ -77,16 +77,21 @@ def full_hits(
     return jnp.sum(chain), count(woken)
 
 
-def left_out(before: PrefixCache, after: PrefixCache) -> jax.Array:
-    """Whether full pages waited and none became findable, though all had room in any bucket.
+def left_out(before: PrefixCache, after: PrefixCache, rows: jax.Array | bool = True) -> jax.Array:
+    """Full pages of `rows: bool[B]` that did not become findable, though any bucket had room.
 
-    Of rows that hold the same page only one enters it, and a row with a twin waits for that.
+    A row with a twin, or that shares a page with one that entered it, waits for the step's end.
     """
-    is_in = (after.num_indexed > before.num_indexed) | (after.twins < after.num_pages)
-    wait = after.lengths // after.page_size - before.num_indexed
-    used = jnp.sum(before.index.buckets < before.num_pages, axis=1, dtype=jnp.int32)
-    has_room = jnp.max(used) + jnp.sum(wait) <= before.index.buckets.shape[1]
-    return count(jnp.any(wait > 0) & ~jnp.any(is_in & (wait > 0)) & has_room)
+    full = after.lengths // after.page_size
+    waits = (after.num_indexed < full) & (after.twins == after.num_pages)
+    return count(waits & rows & has_room(before))
+
+
+def has_room(cache: PrefixCache) -> jax.Array:
+    """Whether all full pages that are not in the index would fit into any one bucket."""
+    used = jnp.sum(cache.index.buckets < cache.num_pages, axis=1, dtype=jnp.int32)
+    pending = jnp.sum(cache.lengths // cache.page_size - cache.num_indexed)
+    return jnp.max(used) + pending <= cache.index.buckets.shape[1]
 
 
 def bad_evictions(

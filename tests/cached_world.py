@@ -15,6 +15,7 @@ from page_bytes import span
 
 from jaxpage.paging import prefix_index
 from jaxpage.paging.allocator import Allocator, with_prefix_cache
+from jaxpage.paging.entering import Sequences
 from jaxpage.paging.eviction import EVICTION_POLICIES
 from jaxpage.paging.prefix_cache import PrefixCache
 
@@ -77,6 +78,16 @@ class CachedWorld(struct.PyTreeNode):
     def expected(self) -> jax.Array:
         """What rows must read, `i32[B, N]`."""
         return jnp.asarray(PREFIXES).at[self.sequences].get(mode="fill", fill_value=0)
+
+    @property
+    def found_by_all(self) -> PrefixCache:
+        """The cache as it is when somebody looks for a prefix in it."""
+        counts = self.cache.lengths - self.computed
+        return self.verbs.enter(self.cache, self.held, counts)
+
+    @property
+    def held(self) -> Sequences:
+        return Sequences(jnp.asarray(TOKENS), jnp.asarray(SALTS), self.sequences)
 
     @property
     def executed(self) -> jax.Array:

@@ -119,8 +119,8 @@ class PrefixCacheOracle(PageTableOracle):
         self.lengths[row] = num_tokens
         return True, num_tokens, copy
 
-    def enter(self, sequences, salts) -> None:
-        """`sequences` are the tokens of each row."""
+    def enter(self, sequences, salts, computed) -> None:
+        """`sequences` are the tokens of each row, of which `computed` are of earlier steps."""
         size, first = self.page_size, {}
         self.twins = {}
         for row, pages in enumerate(self.rows):
@@ -135,11 +135,24 @@ class PrefixCacheOracle(PageTableOracle):
                 page, row = min(claims)
                 claims.remove((page, row))
                 equal = [page]
-                self._enter_row(row, sequences[row], before)
+                self._enter_row(row, sequences[row], before, computed[row])
             for _, row in claims:
                 self.twins[row] = equal[0]
 
-    def settle(self) -> None:
+    def settle(self, sequences, salts, leaving) -> None:
+        """Ends a step after which rows are `leaving`; other pages are too few for a turn."""
+        self.clock += 1
+
+        def wait() -> bool:
+            full = [length // self.page_size for length in self.lengths]
+            pending = [f > n for f, n in zip(full, self.num_indexed, strict=True)]
+            return any(pending[row] for row in np.flatnonzero(leaving))
+
+        while self.twins or wait():
+            self.enter(sequences, salts, self.lengths)
+            self._take_twins()
+
+    def _take_twins(self) -> None:
         for row, twin in sorted(self.twins.items()):
             column = self.num_indexed[row]
             own = self.rows[row][column]
@@ -150,7 +163,6 @@ class PrefixCacheOracle(PageTableOracle):
             self.rows[row][column] = twin
             self.num_indexed[row] += 1
         self.twins = {}
-        self.clock += 1
 
     def release(self, mask) -> None:
         for row in np.flatnonzero(mask).tolist():
@@ -169,11 +181,12 @@ class PrefixCacheOracle(PageTableOracle):
         self.index[page].last_used = self.clock
         self.index[page].num_uses += 1
 
-    def _enter_row(self, row: int, tokens, before) -> None:
+    def _enter_row(self, row: int, tokens, before, computed: int) -> None:
         size = self.page_size
         for column in range(self.num_indexed[row], self.lengths[row] // size):
             page = self.rows[row][column]
             here = tuple(tokens[column * size : (column + 1) * size])
-            self.index[page] = Known(before, here, column, self.clock, self.clock)
+            step = self.clock - ((column + 1) * size <= computed)
+            self.index[page] = Known(before, here, column, step, step)
             before = page
         self.num_indexed[row] = self.lengths[row] // size

@@ -11,7 +11,7 @@ from cached_events import cached_universe
 from event_search import Report, Universe, Verb, explore, try_every_sequence, walk
 from paged_world import paged_universe
 
-from jaxpage.paging import prefix_cache, prefix_index
+from jaxpage.paging import entering, prefix_index
 from jaxpage.paging.eviction import EVICTION_POLICIES
 
 # slots, pages a slot, pages, page size
@@ -24,7 +24,7 @@ EVERY_KIND = [(policy, collides) for policy in EVICTION_POLICIES for collides in
 def narrow(monkeypatch):
     """Buckets that fill up, and full pages that enter the index in several turns."""
     monkeypatch.setattr(prefix_index, "WAYS", 3)
-    monkeypatch.setattr(prefix_cache, "ENTRIES", 2)
+    monkeypatch.setattr(entering, "ENTRIES", 2)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from prefix_cache_oracle import WHOLE, PrefixCacheOracle
 
-from jaxpage.paging import prefix_cache, prefix_index, priority_queue, status
+from jaxpage.paging import entering, prefix_cache, prefix_index, priority_queue, status
 from jaxpage.paging.eviction import EVICTION_POLICIES, Usage
 
 # slots, pages a slot, pages, page size
@@ -47,8 +47,8 @@ def verbs(policy: str, hash_name: str):
     return {
         "admit": jax.jit(partial(prefix_cache.admit, score=score, hash_fn=hash_fn, whole=whole)),
         "append": jax.jit(partial(prefix_cache.append, score=score, whole=whole)),
-        "enter": jax.jit(partial(prefix_cache.enter, hash_fn=hash_fn)),
-        "settle": jax.jit(prefix_cache.settle),
+        "enter": jax.jit(partial(entering.enter, hash_fn=hash_fn)),
+        "settle": jax.jit(partial(entering.settle, hash_fn=hash_fn)),
         "release": jax.jit(partial(prefix_cache.release, score=score)),
         "violations": jax.jit(prefix_cache.violations),
     }
@@ -64,6 +64,7 @@ class Cached:
         self.pool = np.full((num_pages, page_size), NO_TOKEN)
         self.sequences = np.zeros((num_slots, pages_per_slot * page_size), np.int32)
         self.salts = np.zeros((num_slots,), np.int32)
+        self.computed = np.zeros((num_slots,), np.int32)  # tokens of earlier steps
         self.met: Counter = Counter()
         self.pending: list = []  # (page, offset, token) to be written when the step runs
 
@@ -80,6 +81,7 @@ class Cached:
         )
         if found.status == status.OK:
             self.sequences[row], self.salts[row] = padded, salt
+            self.computed[row] = found.num_tokens
             self.met["tokens found"] += int(found.num_tokens)
         if found.target < self.shape[2]:
             # What the page holds before the step: nothing written in this step is there yet.
@@ -97,21 +99,23 @@ class Cached:
                 page, offset = divmod(position, self.shape[3])
                 self.pending.append((indices[row, page], offset, self.sequences[row, position]))
 
-    def enter(self) -> None:
-        self.cache = self.verbs["enter"](
-            self.cache,
-            self.sequences,
-            np.arange(self.shape[0], dtype=np.int32),
-            self.salts,
-        )
+    def _sequences(self) -> entering.Sequences:
+        rows = jnp.arange(self.shape[0], dtype=jnp.int32)
+        return entering.Sequences(jnp.asarray(self.sequences), jnp.asarray(self.salts), rows)
 
-    def settle(self) -> None:
+    def enter(self) -> None:
+        counts = np.asarray(self.lengths, np.int32) - self.computed
+        self.cache = self.verbs["enter"](self.cache, self._sequences(), counts)
+        self.met["twins"] += int(np.sum(np.asarray(self.cache.twins) < self.shape[2]))
+
+    def settle(self, leaving=False) -> None:
         """The step runs: all KV is written, and then rows may give up pages for their twins."""
         for page, offset, token in self.pending:
             self.pool[page, offset] = token
         self.pending = []
-        self.met["twins"] += int(np.sum(np.asarray(self.cache.twins) < self.shape[2]))
-        self.cache = self.verbs["settle"](self.cache)
+        rows = np.broadcast_to(np.asarray(leaving), self.shape[:1])
+        self.cache = self.verbs["settle"](self.cache, self._sequences(), rows)
+        self.computed = np.asarray(self.lengths, np.int32)
 
     def release(self, mask) -> None:
         self.cache = self.verbs["release"](self.cache, np.asarray(mask))
@@ -161,7 +165,7 @@ def steps(shape, max_size: int):
 
 
 def run(cached: Cached, script, oracle: PrefixCacheOracle | None = None) -> None:
-    """Runs steps as the scheduler does: rows go on, then others are admitted, then all settle."""
+    """Runs steps as the scheduler does: rows go on, others find what is full, then all settle."""
     num_slots, _, num_pages, page_size = cached.shape
     known = [0] * num_slots  # tokens of each row's sequence
 
@@ -169,6 +173,9 @@ def run(cached: Cached, script, oracle: PrefixCacheOracle | None = None) -> None
         cached.check()
         if oracle is not None:
             assert_same(cached, oracle)
+
+    def of_rows():
+        return cached.sequences.tolist(), cached.salts.tolist()
 
     def go_on(wanted):
         counts, room = [], int(cached.cache.num_free + cached.cache.num_cached)
@@ -180,9 +187,6 @@ def run(cached: Cached, script, oracle: PrefixCacheOracle | None = None) -> None
         cached.append(counts)
         if oracle is not None:
             assert set(oracle.append(counts)) == {status.OK}
-        cached.enter()
-        if oracle is not None:
-            oracle.enter(cached.sequences.tolist(), cached.salts.tolist())
         compare()
 
     for leaving, prompts, wanted in script:
@@ -191,6 +195,10 @@ def run(cached: Cached, script, oracle: PrefixCacheOracle | None = None) -> None
             empty = [row for row in range(num_slots) if known[row] == 0]
             if not empty:
                 break
+            cached.enter()
+            if oracle is not None:
+                oracle.enter(*of_rows(), cached.computed.tolist())
+            compare()
             found = cached.admit(empty[0], tokens, salt, len(tokens), owed=0)
             if oracle is not None:
                 partial = int(found.source) if found.source < num_pages else None
@@ -203,9 +211,10 @@ def run(cached: Cached, script, oracle: PrefixCacheOracle | None = None) -> None
             if found.status == status.OK:
                 known[empty[0]] = len(tokens)
             go_on([wanted[0] if row == empty[0] else 0 for row in range(num_slots)])
-        cached.settle()
+        cached.settle(leaving)
         if oracle is not None:
-            oracle.settle()
+            oracle.settle(*of_rows(), leaving)
+        compare()
         cached.check_bytes()
         cached.release(leaving)
         if oracle is not None:
@@ -302,6 +311,44 @@ def test_part_of_a_full_page_is_not_shared_since_its_last_owner_would_write_to_i
     cached.check_bytes()
     assert cached.admit(2, [*tokens, 7], 0, soon=7, owed=0).num_tokens == 6
     cached.check_bytes()  # nothing has been written over them
+
+
+def test_pages_enter_in_bulk_before_a_lookup_and_before_their_row_leaves():
+    many = entering.ENTRIES
+    cached = Cached((2, 2 * many, 4 * many, 1), "lru")
+    tokens = list(range(2 * many))
+    assert cached.admit(0, tokens, 0, soon=many, owed=0).status == status.OK
+
+    def go_on(count: int, leaving=(False, False)) -> int:
+        cached.append([count, 0])
+        cached.settle(leaving)
+        cached.check()
+        return int(cached.cache.num_indexed[0])
+
+    assert go_on(many - 1) == 0
+    assert go_on(1) == many
+    assert go_on(1) == many
+    cached.enter()
+    assert cached.cache.num_indexed.tolist() == [many + 1, 0]
+    assert go_on(3, leaving=(False, True)) == many + 1
+    assert go_on(1, leaving=(True, False)) == many + 5
+    cached.release([True, False])
+    assert cached.admit(1, tokens, 0, soon=many, owed=0).num_tokens == many + 5
+
+
+def test_a_page_that_two_rows_hold_enters_once_and_both_go_on_from_it():
+    cached = Cached(SHAPES["pages of 2"], "lru")
+    assert cached.admit(0, [1, 2, 3, 4, 5, 6], 0, soon=6, owed=0).status == status.OK
+    cached.append([4, 0, 0, 0])
+    cached.settle()
+    cached.cache = jax.jit(prefix_cache.share)(cached.cache, np.int32(0), np.int32(1), np.int32(4))
+    cached.sequences[1], cached.computed = cached.sequences[0], np.asarray(cached.lengths, np.int32)
+    cached.enter()
+    assert cached.cache.num_indexed.tolist() == [2, 0, 0, 0]
+    cached.settle()
+    cached.check()
+    cached.check_bytes()
+    assert cached.cache.num_indexed.tolist() == [2, 2, 0, 0]
 
 
 def test_an_upper_level_of_the_queue_that_is_wrong_is_counted():

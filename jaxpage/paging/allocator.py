@@ -16,6 +16,7 @@ from jaxpage.config import EngineConfig
 from jaxpage.paging import (
     chains,
     contiguous,
+    entering,
     fitting,
     page_table,
     prefix_cache,
@@ -25,6 +26,7 @@ from jaxpage.paging import (
 )
 from jaxpage.paging.chains import ChainOps
 from jaxpage.paging.contiguous import ContiguousTable, ReserveFn
+from jaxpage.paging.entering import Sequences
 from jaxpage.paging.eviction import EVICTION_POLICIES, ScoreFn
 from jaxpage.paging.page_table import Appended, PageTable, num_pages_for
 from jaxpage.paging.prefix_cache import Found, PrefixCache
@@ -52,8 +54,9 @@ class Allocator[T]:
     to others. It returns the table and what it found of the sequence's tokens.
     `append(table, counts, max_new_pages)` makes room for tokens, as in `page_table.append`, and
     returns the table and what `page_table.Appended` says.
-    `enter(table, tokens, sequences, salts, rows)` makes full pages of `rows` findable for `admit`,
-    row `b` being sequence `sequences[b]` of `tokens: i32[R, N]`; `settle(table)` ends a step.
+    `enter(table, sequences, counts)` makes full pages findable for `admit`, in the middle of a step
+    of `counts` tokens; `enter_computed(table, sequences, rows)`, between two steps, those of `rows`
+    that are to be released; and `settle(table, sequences, rows)` does so at a step's end.
     `fitting(table, order, counts)` says which rows could append `counts` at once if all rows after
     them in `order` gave up their pages: a prefix of the order, `bool[B]`.
     `grows` says whether memory is taken page by page, or all at admission in a power of two pages.
@@ -75,8 +78,9 @@ class Allocator[T]:
     share: Callable[[T, jax.Array, jax.Array, jax.Array], T] | None = None
     tier: TierOps | None = None  # None where pages cannot leave for the host
     chains: ChainOps | None = None  # None where no page outlives its sequence
-    enter: Callable[..., T] = lambda table, *_: table
-    settle: Callable[[T], T] = lambda table: table
+    enter: Callable[[T, Sequences, jax.Array], T] = lambda table, *_: table
+    enter_computed: Callable[[T, Sequences, jax.Array], T] = lambda table, *_: table
+    settle: Callable[[T, Sequences, jax.Array], T] = lambda table, *_: table
 
     @property
     def caches(self) -> bool:
@@ -177,8 +181,9 @@ def with_prefix_cache(
             find=partial(chains.find, hash_fn=hash_fn),
             put_back=partial(chains.put_back, score=score, hash_fn=hash_fn),
         ),
-        enter=partial(prefix_cache.enter, hash_fn=hash_fn),
-        settle=prefix_cache.settle,
+        enter=partial(entering.enter, hash_fn=hash_fn),
+        enter_computed=partial(entering.enter_computed, hash_fn=hash_fn),
+        settle=partial(entering.settle, hash_fn=hash_fn),
     )
 
 

@@ -93,11 +93,12 @@ def put_back(
         pages=pages,
         parents=jnp.where(rank > 0, jnp.roll(pages, 1), before),
         tokens=at(tokens, (first + rank)[:, None] * page_size + slots),
+        steps=jnp.full_like(rank, cache.step),
         row=jnp.zeros_like(rank),
         offset=rank,
         depth=first + rank,
     )
-    index, entered, _ = prefix_index.enter(cache.index, entries, 1, cache.step, hash_fn)
+    index, entered, _ = prefix_index.enter(cache.index, entries, 1, hash_fn)
     spare = jnp.where(rank < entered[0], null, pages)
     pages = jnp.where(rank < entered[0], pages, null)
     cache = cache.replace(

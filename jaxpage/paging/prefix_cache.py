@@ -1,10 +1,9 @@
 """The automatic prefix cache: a page table whose full pages stay findable after their sequences.
 
-A page is free, held by a row, or *cached*: held by nobody and in the prefix index. Full pages enter
-the index when the step that computes them is planned, so that a prompt can share what another one
-computes in the same step. Cached pages are as good as free: when the stack runs short they leave
-the pool, leaf first, in the order of an eviction policy: for the host if there is one, where they
-stay findable, and away if there is none or it is full of pages that somebody holds.
+A page is free, held by a row, or *cached*: held by nobody and in the prefix index, which full pages
+enter before anyone looks there (`entering`). Cached pages are as good as free: when the stack runs
+short they leave the pool, leaf first, in the order of an eviction policy: for the host if there is
+one, where they stay findable, and away if there is none or it is full of pages that somebody holds.
 """
 
 import itertools
@@ -14,24 +13,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpage.paging import page_table, prefix_index, priority_queue, ragged, status
+from jaxpage.paging import page_table, prefix_index, priority_queue, status
 from jaxpage.paging.cache_state import (
     PrefixCache,
     at,
     enqueue_leaves,
     make_room,
     take,
-    unqueue,
 )
 from jaxpage.paging.eviction import ScoreFn
 from jaxpage.paging.fitting import fitting as fitting_rows
 from jaxpage.paging.host_tier import HostTier
-from jaxpage.paging.in_place import first_read, once
+from jaxpage.paging.in_place import first_read
 from jaxpage.paging.page_table import Appended, num_pages_for
-from jaxpage.paging.prefix_index import Entries, HashFn, Match
+from jaxpage.paging.prefix_index import HashFn, Match
 from jaxpage.paging.priority_queue import PriorityQueue
-
-ENTRIES = 32  # pages that enter the index in one turn
 
 
 class Found(NamedTuple):
@@ -146,61 +142,6 @@ def fitting(cache: PrefixCache, order: jax.Array, counts: jax.Array) -> jax.Arra
     return fitting_rows(cache.table, order, counts, cache.num_cached)
 
 
-def enter(
-    cache: PrefixCache,
-    tokens: jax.Array,
-    sequences: jax.Array,
-    salts: jax.Array,
-    rows: jax.Array | bool = True,
-    *,
-    hash_fn: HashFn,
-) -> PrefixCache:
-    """Makes full pages of `rows: bool[B]`, or of all, findable.
-
-    Row `b` holds tokens of `tokens[sequences[b]]`, of `i32[R, N]`, with `salts: i32[R]`. Where an
-    equal page is there already it is remembered as the row's twin, for `settle`. A turn of the loop
-    takes `ENTRIES` pages, so that the work follows how many became full.
-    """
-    page_size, num_rows = cache.page_size, cache.lengths.shape[0]
-    pages_per_sequence = tokens.shape[1] // page_size
-    by_page = tokens.reshape(-1, page_size)
-    pending = cache.lengths // page_size - cache.num_indexed
-    pending = jnp.where(rows & (cache.table.num_hosted == 0), pending, 0)
-
-    def enter_some(carry):
-        cache, pending = carry
-        flat = ragged.expand(pending, ENTRIES)
-        row = flat.row
-        column = at(cache.num_indexed, row) + flat.offset
-        sequence = at(sequences, row, fill=tokens.shape[0])
-        flat, row, column, sequence = once((flat, row, column, sequence))
-        before = cache.page_indices.at[row, jnp.maximum(column - 1, 0)].get(
-            mode="fill", fill_value=cache.null
-        )
-        entries = Entries(
-            pages=cache.page_indices.at[row, column].get(mode="fill", fill_value=cache.null),
-            parents=jnp.where(column > 0, before, cache.index.root(at(salts, sequence))),
-            tokens=at(by_page, sequence * pages_per_sequence + column),
-            row=row,
-            offset=flat.offset,
-            depth=column,
-        )
-        index, entered, twins = prefix_index.enter(
-            cache.index, entries, num_rows, cache.step, hash_fn
-        )
-        tried = jnp.clip(ENTRIES - (jnp.cumsum(pending) - pending), 0, pending)
-        pending = jnp.where(entered == tried, pending - tried, 0)
-        cache = cache.replace(
-            index=index,
-            num_indexed=cache.num_indexed + entered,
-            twins=jnp.minimum(cache.twins, twins),
-        )
-        return cache, pending
-
-    cache = cache.replace(twins=jnp.full_like(cache.twins, cache.null))
-    return lax.while_loop(lambda carry: jnp.any(carry[1] > 0), enter_some, (cache, pending))[0]
-
-
 def share(
     cache: PrefixCache, source: jax.Array, target: jax.Array, num_tokens: jax.Array
 ) -> PrefixCache:
@@ -217,67 +158,6 @@ def share(
         table=page_table.share(cache.table, source, target, num_tokens),
         num_indexed=cache.num_indexed.at[target].set(shared),
     )
-
-
-def settle(cache: PrefixCache) -> PrefixCache:
-    """Ends a step: rows give up pages that have an equal in the index, and hold that one."""
-    null = cache.null
-
-    def give_up(cache):
-        row = jnp.argmax(cache.twins < null)
-        twin, column = cache.twins[row], cache.num_indexed[row]
-        own, row = first_read(cache.page_indices[row, column], row)
-        cache, twin = _back_by_trade(cache, own, twin)
-        gives = jnp.where(twin < null, own, null)
-        cache = take(cache, twin[None])
-        ref_counts = cache.table.ref_counts.at[gives].add(-1, mode="drop")
-        pages = cache.page_indices.at[row, jnp.where(twin < null, column, null)]
-        table = cache.table.replace(
-            page_indices=pages.set(twin, mode="drop"), ref_counts=ref_counts
-        )
-        unowned = jnp.where(at(ref_counts, gives, fill=1) == 0, gives, null)
-        return cache.replace(
-            table=page_table.free(table, unowned[None]),
-            num_indexed=cache.num_indexed.at[row].add((twin < null).astype(jnp.int32)),
-            twins=cache.twins.at[row].set(null),
-        )
-
-    cache = lax.while_loop(lambda cache: jnp.any(cache.twins < null), give_up, cache)
-    return cache.replace(step=cache.step + 1)
-
-
-def _back_by_trade(
-    cache: PrefixCache, own: jax.Array, twin: jax.Array
-) -> tuple[PrefixCache, jax.Array]:
-    """A twin on the host gets the place of `own`, which equals it: it is back, and nothing moves.
-
-    Returns the twin that may be taken: none if others hold `own`, whose bytes then stay theirs.
-    """
-    if cache.tier.num_pages == 0:
-        return cache, twin
-    null, owners = cache.null, cache.table.ref_counts
-    hosted, is_shared = cache.tier.is_hosted(twin), owners[own] > 1
-    (hosted, is_shared, is_idle), cache = first_read((hosted, is_shared, owners[twin] == 0), cache)
-    back = jnp.where(hosted & ~is_shared, twin, null)
-    away = jnp.where(hosted & ~is_shared, own, null)
-    parent = jnp.where(back < null, cache.index.parents[twin], null)
-    cache = unqueue(cache, back)
-    table = cache.table
-    names = jnp.any(table.page_indices == back, axis=1) & (back < null)
-    (source, target), tier = first_read(
-        (table.tier.places[own], table.tier.places[twin]), table.tier
-    )
-    places = tier.places.at[back].set(source, mode="drop").at[away].set(target, mode="drop")
-    was_cached = ((back < null) & is_idle).astype(jnp.int32)
-    cache = cache.replace(
-        table=table.replace(
-            tier=tier.replace(places=places), num_hosted=table.num_hosted - names.astype(jnp.int32)
-        ),
-        hosted_children=cache.hosted_children.at[parent].add(-1, mode="drop"),
-        num_cached=cache.num_cached + was_cached,
-        num_host_cached=cache.num_host_cached - was_cached,
-    )
-    return cache, jnp.where(hosted & is_shared, null, twin)
 
 
 def release(cache: PrefixCache, rows: jax.Array, *, score: ScoreFn) -> PrefixCache:

@@ -75,6 +75,7 @@ class Entries(NamedTuple):
     pages: jax.Array  # i32[K]; P for none
     parents: jax.Array  # i32[K]
     tokens: jax.Array  # i32[K, S]
+    steps: jax.Array  # i32[K], in which they became full, or a later one
     row: jax.Array  # i32[K]
     offset: jax.Array  # i32[K], of the row's entries
     depth: jax.Array  # i32[K]
@@ -155,7 +156,7 @@ def match(
 
 
 def enter(
-    index: PrefixIndex, entries: Entries, num_rows: int, step: jax.Array, hash_fn: HashFn = mix
+    index: PrefixIndex, entries: Entries, num_rows: int, hash_fn: HashFn = mix
 ) -> tuple[PrefixIndex, jax.Array, jax.Array]:
     """Enters pages, of which some may be there: another row has entered them.
 
@@ -194,8 +195,13 @@ def enter(
     parent = jnp.where(enters, parents, null)
     page, parent = once((page, parent))
     is_newest = ~jnp.any((parent[:, None] == parent[None]) & (page[:, None] > page[None]), axis=1)
-    usage = Usage(entered=step, last_used=step, num_uses=jnp.ones_like(step), depth=entries.depth)
-    usage = jnp.stack(jnp.broadcast_arrays(*usage), axis=1)
+    usage = Usage(
+        entered=entries.steps,
+        last_used=entries.steps,
+        num_uses=jnp.ones_like(entries.steps),
+        depth=entries.depth,
+    )
+    usage = jnp.stack(usage, axis=1)
     index = index.replace(
         buckets=index.buckets.at[jnp.where(enters, bucket, index.buckets.shape[0]), way].set(
             page, mode="drop"

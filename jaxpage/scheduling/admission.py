@@ -50,13 +50,12 @@ def admit(
 
     Pages that running sequences still need for tokens already known, and for the headroom, are
     owed to them, so that a prompt once begun is not starved by the next. A request alone always
-    fits, headroom or not: it ends in the pool. All pages that become full are findable after it.
+    fits, headroom or not: it ends in the pool. It can share what others compute in this step.
     """
 
     def admit_one(carry):
         candidate, batch = carry
-        # A prompt can share what another computes in this step; outputs are findable at its end.
-        batch = make_findable(batch, allocator, rows=batch.counts > 1)
+        batch = make_findable(batch, allocator)
         prompt, owed = _prompt_of(batch, candidate, config)
         table, found = allocator.admit(batch.table, candidate.row, prompt, owed)
         admitted = found.status == status.OK
@@ -71,8 +70,7 @@ def admit(
 
     first = _head_of_line(batch, ranks, config)
     first = first._replace(possible=first.possible & may_admit)
-    _, batch = lax.while_loop(lambda carry: carry[0].possible, admit_one, (first, batch))
-    return make_findable(batch, allocator)
+    return lax.while_loop(lambda carry: carry[0].possible, admit_one, (first, batch))[1]
 
 
 def share_prompts(batch: Batch, allocator: Allocator) -> tuple[Batch, jax.Array]:

@@ -8,8 +8,9 @@ from jax import lax
 from jaxpage.config import EngineConfig
 from jaxpage.paging.allocator import Allocator, Table
 from jaxpage.paging.copies import Copies
+from jaxpage.paging.entering import Sequences
 from jaxpage.paging.page_table import num_pages_for
-from jaxpage.scheduling.state import Requests
+from jaxpage.scheduling.state import Requests, SchedulerState
 
 
 class Batch(struct.PyTreeNode):
@@ -129,8 +130,12 @@ def take_pages(
     )
 
 
-def make_findable(batch: Batch, allocator: Allocator, rows: jax.Array | bool = True) -> Batch:
-    """Lets others find the pages of `rows: bool[B]`, or of all, that become full in this step."""
-    requests = batch.requests
-    table = allocator.enter(batch.table, requests.tokens, batch.slots, requests.salts, rows)
-    return batch.replace(table=table)
+def sequences_of(state: SchedulerState | Batch) -> Sequences:
+    """What the rows of the table hold."""
+    requests = state.requests
+    return Sequences(tokens=requests.tokens, salts=requests.salts, rows=state.slots)
+
+
+def make_findable(batch: Batch, allocator: Allocator) -> Batch:
+    """Lets others find all pages that are full, with those that become so in this step."""
+    return batch.replace(table=allocator.enter(batch.table, sequences_of(batch), batch.counts))

@@ -23,7 +23,7 @@ from jaxpage.config import EngineConfig
 from jaxpage.paging.allocator import Allocator, Table
 from jaxpage.paging.page_table import num_pages_for
 from jaxpage.paging.tiers import Movable, TierOps
-from jaxpage.scheduling.batch import Batch, owed_pages, pages_on_host
+from jaxpage.scheduling.batch import Batch, of_slots, owed_pages, pages_on_host
 from jaxpage.scheduling.state import PREEMPTED, SchedulerState
 
 
@@ -87,6 +87,18 @@ def make_way(
         num_preempted=jnp.sum(made_way, dtype=jnp.int32),
     )
     return _compute_again(state, lost, allocator), way
+
+
+def may_make_way(state: SchedulerState) -> jax.Array:
+    """Rows that the next step may preempt, `bool[B]`: none, or all if pages could run out.
+
+    Each may need pages for all that it knows, and one in place of a page that it shares.
+    """
+    table = state.table
+    known = of_slots(state.requests.num_tokens, state.slots)
+    most = num_pages_for(known, table.page_size) - table.held_pages + 1
+    is_short = jnp.sum(jnp.where(state.running, most, 0)) > _available(table)
+    return state.running & (is_short | jnp.any(table.num_hosted > 0))
 
 
 def _back_at_once(

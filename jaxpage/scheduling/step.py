@@ -14,6 +14,7 @@ from flax import struct
 from jaxpage.config import EngineConfig
 from jaxpage.paging.allocator import Allocator
 from jaxpage.paging.copies import Copies
+from jaxpage.paging.entering import Sequences
 from jaxpage.paging.freed import Freed
 from jaxpage.scheduling import beams
 from jaxpage.scheduling.admission import admit, share_prompts
@@ -29,7 +30,7 @@ from jaxpage.scheduling.batch import (
 )
 from jaxpage.scheduling.beams import Candidates
 from jaxpage.scheduling.policies import PolicyFn
-from jaxpage.scheduling.preemption import bring_back, make_way, paused, with_siblings
+from jaxpage.scheduling.preemption import bring_back, make_way, may_make_way, paused, with_siblings
 from jaxpage.scheduling.state import (
     DONE,
     ERROR,
@@ -184,9 +185,13 @@ def commit_step(
         first_steps=requests.first_steps.at[first].set(state.step, mode="drop"),
         final_steps=requests.final_steps.at[ended].set(state.step, mode="drop"),
     )
+    # Rows that may give up their pages before the next lookup: of searches any may die.
+    leaving = ends | (plan.samples & ~samples) | may_make_way(state.replace(requests=requests))
+    sequences = Sequences(requests.tokens, requests.salts, plan.requests)
+    table = allocator.settle(state.table, sequences, leaving)
     state = state.replace(
         requests=requests,
-        table=allocator.release(allocator.settle(state.table), ends),
+        table=allocator.release(table, ends),
         slots=jnp.where(ends, _nobody(state), state.slots),
     )
     if outcome.candidates is not None:
