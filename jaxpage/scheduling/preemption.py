@@ -92,7 +92,8 @@ def make_way(
 def may_make_way(state: SchedulerState) -> jax.Array:
     """Rows that the next step may preempt, `bool[B]`: none, or all if pages could run out.
 
-    Each may need pages for all that it knows, and one in place of a page that it shares.
+    Each may need pages for all that it knows, and one more: in place of a page that it shares, or
+    for a token that its search is about to append.
     """
     table = state.table
     known = of_slots(state.requests.num_tokens, state.slots)

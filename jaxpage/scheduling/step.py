@@ -14,7 +14,6 @@ from flax import struct
 from jaxpage.config import EngineConfig
 from jaxpage.paging.allocator import Allocator
 from jaxpage.paging.copies import Copies
-from jaxpage.paging.entering import Sequences
 from jaxpage.paging.freed import Freed
 from jaxpage.scheduling import beams
 from jaxpage.scheduling.admission import admit, share_prompts
@@ -24,6 +23,7 @@ from jaxpage.scheduling.batch import (
     leaders,
     of_slots,
     own_pace,
+    sequences_of,
     take_pages,
     wanted,
     whole_or_part,
@@ -186,11 +186,10 @@ def commit_step(
         final_steps=requests.final_steps.at[ended].set(state.step, mode="drop"),
     )
     # Rows that may give up their pages before the next lookup: of searches any may die.
-    leaving = ends | (plan.samples & ~samples) | may_make_way(state.replace(requests=requests))
-    sequences = Sequences(requests.tokens, requests.salts, plan.requests)
-    table = allocator.settle(state.table, sequences, leaving)
+    state = state.replace(requests=requests)
+    leaving = ends | (plan.samples & ~samples) | may_make_way(state)
+    table = allocator.settle(state.table, sequences_of(state), leaving)
     state = state.replace(
-        requests=requests,
         table=allocator.release(table, ends),
         slots=jnp.where(ends, _nobody(state), state.slots),
     )
