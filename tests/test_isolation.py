@@ -148,6 +148,21 @@ def test_sequences_that_share_a_prompts_pages_go_on_as_if_each_had_its_own(promp
     assert shared == run(False) and shared[0] != shared[1]
 
 
+def test_a_fault_in_cached_pages_ends_one_request_and_not_all_that_begin_alike():
+    engine = build(setup_of(allocator="lru"))
+    ask = Request("asked again", PROMPTS[-1], 5, ignore_eos=True)
+    (expected,), _ = engine.serve([ask])
+    keep_only(engine, jnp.zeros((CONFIG.num_pages,), bool))
+    engine.serve([replace(ask, tenant="another")])
+    (failed,), _ = engine.serve([ask])
+    assert failed.finish_reason == "error" and failed.num_cached_tokens == len(ask.prompt_ids) - 1
+    again = [ask, ask, replace(ask, tenant="another")]  # who loses nothing by it
+    results = [result for request in again for result in engine.serve([request])[0]]
+    assert outputs(results) == [expected.output_ids] * 3
+    most = len(ask.prompt_ids) - 1
+    assert [result.num_cached_tokens for result in results] == [0, most, most]
+
+
 def test_tenants_share_no_page_and_print_the_same():
     prompt = PROMPTS[-1]
     asked = [

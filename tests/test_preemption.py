@@ -20,12 +20,13 @@ from jaxpage.config import ConfigError, EngineConfig, Prices
 from jaxpage.engine.step import move_pages
 from jaxpage.paging import kv_pool
 from jaxpage.paging.allocator import ALLOCATORS, CACHED, WHOLE_CACHED, Allocator
+from jaxpage.paging.cache_state import PrefixCache
 from jaxpage.paging.kv_pool import KvPool
 from jaxpage.paging.tiers import Movable
 from jaxpage.scheduling import state as scheduler_state
 from jaxpage.scheduling.accounting import StepRecord, record_step
 from jaxpage.scheduling.policies import POLICIES
-from jaxpage.scheduling.state import DONE, Sampling, waiting_request
+from jaxpage.scheduling.state import DONE, Sampling, SchedulerState, waiting_request
 from jaxpage.scheduling.step import Outcome, commit_step, plan_step
 
 
@@ -129,6 +130,7 @@ class Serving:
         self.outputs = np.zeros((MOST_REQUESTS, config.max_seq_len + 1), np.int32)
         self.records: list[StepRecord] = []
         self.num_submitted = 0
+        self.num_left_findable = 0  # full pages of rows that made way
 
     def submit(self, *asks: Ask) -> None:
         """Submits requests after those submitted before, which keep their rows."""
@@ -151,6 +153,7 @@ class Serving:
         self.num_submitted += len(asks)
 
     def step(self):
+        before = self.state
         self.state, self.pool, self.host, seen = self.step_fn(
             self.state, self.pool, self.host, self.outputs
         )
@@ -169,7 +172,20 @@ class Serving:
         assert sum(int(getattr(record, name)) for name in shares) == pool
         assert min(int(getattr(record, name)) for name in shares) >= 0
         self.records.append(record)
+        self._check_findable(before)
         return plan
+
+    def _check_findable(self, before: SchedulerState) -> None:
+        """All full pages of who makes way were in the index before, if there is one."""
+        table = before.table
+        if not isinstance(table, PrefixCache):
+            return
+        num_preemptions = np.asarray(self.state.requests.num_preemptions)
+        lost = num_preemptions > np.asarray(before.requests.num_preemptions)
+        made_way = np.append(lost, False)[before.slots]
+        full = np.asarray(table.lengths)[made_way] // table.page_size
+        assert np.asarray(table.num_indexed)[made_way].tolist() == full.tolist()
+        self.num_left_findable += sum(full.tolist())
 
     def finish(self) -> None:
         for _ in range(500):
@@ -262,6 +278,11 @@ def test_pages_that_come_back_are_not_computed_again(allocator):
         assert allocator == "lru" or serving.total("moved_out") == serving.total("moved_in")
         computed = serving.total("num_tokens")
         assert computed == sum(ask.final_len - 1 for ask in GROWING)
+
+
+@pytest.mark.parametrize("mode", ["recompute", "fine"])
+def test_who_makes_way_has_all_full_pages_in_the_index(mode):
+    assert run(MODES[mode], "lru").num_left_findable > 0
 
 
 def test_a_shared_prefix_that_has_been_away_is_found_and_shared_again():

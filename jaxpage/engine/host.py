@@ -59,6 +59,7 @@ class Engine:
         self.state: EngineState = _first_state(params, setup, kv_dtype, disk)
         self._num_submitted = 0
         self._salts: dict[str, int] = {}  # by tenant; a number each, so that none can collide
+        self._num_salts = 0  # that were ever given out
         self._cancelled: set[str] = set()  # asked for since the last look
         self._disk = DiskTier(disk, setup, params, kv_dtype) if disk is not None else None
 
@@ -181,6 +182,7 @@ class Engine:
         found = saved.restore(self.state) if saved is not None else None
         if found is not None:
             self._num_submitted, self._salts = found.engine["num_submitted"], found.engine["salts"]
+            self._num_salts = max(self._salts.values(), default=-1) + 1
             run = found.run
             if isinstance(found.held, EngineState):
                 self.state = found.held
@@ -244,8 +246,14 @@ class Engine:
         )
 
     def _owner(self, request: Request) -> Owner:
-        salt = self._salts.setdefault(request.tenant, len(self._salts))
-        return Owner(request.tenant, salt)
+        if request.tenant not in self._salts:
+            self._renew_salt(request.tenant)
+        return Owner(request.tenant, self._salts[request.tenant])
+
+    def _renew_salt(self, tenant: str) -> None:
+        """From here on requests of the tenant find nothing that was computed for it before."""
+        self._salts[tenant] = self._num_salts
+        self._num_salts += 1
 
     def _read_log(self, run: Run, before_s: float) -> None:
         log, journal = self.state.log, run.journal
@@ -294,6 +302,9 @@ class Engine:
             request, _ = run.active[row]
             replica = row // self.setup.engine.num_requests
             result = _result(request, row, known, run, replica)
+            if result.finish_reason == "error":
+                # The fault may be in pages that others would find.
+                self._renew_salt(request.tenant)
             if self._disk is not None and result.error is None:
                 tokens = known.tokens[row, : known.num_tokens[row] - 1]  # the last has no KV
                 self._disk.remember(tokens, self._owner(request))
