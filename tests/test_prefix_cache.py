@@ -6,6 +6,7 @@ each row reads back its own tokens.
 
 import functools
 from collections import Counter
+from collections.abc import Sequence
 
 import hypothesis.strategies as st
 import jax
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from prefix_cache_oracle import WHOLE, PrefixCacheOracle
 
-from jaxpage.paging import entering, prefix_cache, prefix_index, priority_queue, status
+from jaxpage.paging import chains, entering, prefix_cache, prefix_index, priority_queue, status
 from jaxpage.paging.eviction import EVICTION_POLICIES, Usage
 
 # slots, pages a slot, pages, page size
@@ -108,7 +109,7 @@ class Cached:
         self.cache = self.verbs["enter"](self.cache, self._sequences(), counts)
         self.met["twins"] += int(np.sum(np.asarray(self.cache.twins) < self.shape[2]))
 
-    def settle(self, leaving=False) -> None:
+    def settle(self, leaving: Sequence[bool] | bool = False) -> None:
         """The step runs: all KV is written, and then rows may give up pages for their twins."""
         for page, offset, token in self.pending:
             self.pool[page, offset] = token
@@ -349,6 +350,26 @@ def test_a_page_that_two_rows_hold_enters_once_and_both_go_on_from_it():
     cached.check()
     cached.check_bytes()
     assert cached.cache.num_indexed.tolist() == [2, 2, 0, 0]
+
+
+def test_two_rows_that_hold_a_page_both_take_an_equal_one_that_came_from_elsewhere():
+    cached = Cached(SHAPES["pages of 2"], "lru")
+    assert cached.admit(0, [1, 2, 3, 4, 5, 6], 0, soon=6, owed=0).status == status.OK
+    cached.append([2, 0, 0, 0])
+    cached.settle()
+    i32 = np.int32
+    cached.cache = jax.jit(prefix_cache.share)(cached.cache, i32(0), i32(1), i32(2))
+    cached.sequences[1], cached.computed = cached.sequences[0], np.asarray(cached.lengths, i32)
+    put_back = functools.partial(chains.put_back, score=EVICTION_POLICIES["lru"], most=1)
+    cached.cache, (page,) = jax.jit(functools.partial(put_back, hash_fn=prefix_index.mix))(
+        cached.cache, cached.sequences[0], i32(0), i32(1), i32(0)
+    )
+    cached.pool[page] = [1, 2]
+    cached.settle(leaving=[False, True, False, False])
+    cached.check()
+    cached.check_bytes()
+    assert cached.cache.page_indices[:2, 0].tolist() == [int(page)] * 2
+    assert cached.cache.num_indexed.tolist() == [1, 1, 0, 0]
 
 
 def test_an_upper_level_of_the_queue_that_is_wrong_is_counted():

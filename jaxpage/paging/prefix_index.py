@@ -170,7 +170,7 @@ def enter(
     follows = (entries.row[:, None] == entries.row[None]) & earlier  # in a row
     is_there = index.holds(pages)
     is_live = (pages < null) & ~is_there
-    # Rows may share a page that is to be entered: one row enters it, to the others it is there.
+    # Rows may share a page that is to be entered: if one row enters it, to the others it is there.
     is_repeat = is_live & jnp.any((pages[:, None] == pages[None]) & earlier, axis=1)
     is_new = is_live & ~is_repeat
     digests = once(_digests(index, entries, follows, hash_fn))
@@ -180,7 +180,7 @@ def enter(
         tokens=index.tokens.at[jnp.where(is_new, pages, null)].set(entries.tokens, mode="drop")
     )
     equal = _equal(index, entries, is_new, digests, there)
-    equal = once(jnp.where(is_repeat, pages, equal))
+    equal = once(jnp.where(is_repeat & (equal == null), pages, equal))
 
     goes = is_new & (equal == null)
     rank = once(jnp.sum((bucket[:, None] == bucket[None]) & earlier & goes[None], axis=1))
