@@ -251,7 +251,7 @@ class Engine:
         return Owner(request.tenant, self._salts[request.tenant])
 
     def _renew_salt(self, tenant: str) -> None:
-        """From here on requests of the tenant find nothing that was computed for it before."""
+        """From here on requests of the tenant find nothing of before, but what is on disk."""
         self._salts[tenant] = self._num_salts
         self._num_salts += 1
 
